@@ -1,0 +1,2 @@
+//! `tmem-guest`
+fn main() {}
