@@ -67,7 +67,9 @@ pub const REPORT_BYTES: usize = 96;
 
 /// A guest's account of its own memory, sent about once a second. The host uses it as a hint: it is what a guest
 /// says, not what the host measured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
+)]
 #[repr(C)]
 pub struct Report {
     /// PSI memory "some" over 10 s, in hundredths of a percent.
@@ -113,7 +115,9 @@ impl Report {
 pub const STATS_BYTES: usize = 88;
 
 /// The host's counters for the asking VM, all pools together, since the VM was registered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
+)]
 #[repr(C)]
 pub struct Stats {
     /// Quota, bytes of host memory.

@@ -102,8 +102,8 @@ impl HelloRequest {
             expected: REQUEST_BYTES,
             got: body.len(),
         })?;
-        let role = Role::from_code(raw.role)
-            .ok_or(WireError::BadValue { field: "role", value: raw.role.into() })?;
+        let role =
+            Role::from_code(raw.role).ok_or(WireError::BadValue { field: "role", value: raw.role.into() })?;
         if raw.client.iter().any(|&b| b != 0 && !(0x20..0x7f).contains(&b)) {
             return Err(WireError::BadValue { field: "client name", value: 0 });
         }
