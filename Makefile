@@ -1,0 +1,76 @@
+# Everything a checkout can do. `make demo` and `make test` are all a newcomer needs; both imply `make setup`.
+
+PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
+export PATH
+BIN := .venv/bin
+STAMPS := build/stamps
+RUST_SOURCES := $(shell find native -name '*.rs' -not -path '*/fuzz/*' -o -name Cargo.toml) Cargo.toml Cargo.lock
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@echo 'make demo         the main job on two real VMs: boots them, runs fio and a kernel build, prints a table'
+	@echo 'make test         every test but the long ones'
+	@echo 'make test-long    the tests that run for many minutes'
+	@echo 'make check        formatters, linters, type checkers'
+	@echo 'make bench-NAME   a benchmark: store, transport, fairness, swap, fs'
+	@echo 'make setup        install what is missing (the others imply it)'
+	@echo 'make clean        remove build products; VM images are kept, `make distclean` removes them too'
+
+.PHONY: setup
+setup: $(STAMPS)/venv
+
+$(STAMPS)/packages: host/setup.sh
+	@mkdir -p $(STAMPS)
+	@host/setup.sh packages
+	@touch $@
+
+$(STAMPS)/rust: host/setup.sh $(STAMPS)/packages
+	@host/setup.sh rust
+	@touch $@
+
+$(STAMPS)/venv: pyproject.toml $(RUST_SOURCES) $(STAMPS)/rust
+	@host/setup.sh venv
+	@touch $@
+
+.PHONY: demo
+demo: setup
+	$(BIN)/python -m tmem_host.demo
+
+.PHONY: test test-rust test-python test-long
+test: test-rust test-python
+
+test-rust: setup
+	cargo test --release --workspace --exclude tmem-py
+
+test-python: setup
+	$(PYTEST) tests -m 'not long'
+
+test-long: setup
+	cargo test --release --workspace --exclude tmem-py -- --ignored
+	$(PYTEST) tests -m long --timeout 7200
+
+.PHONY: check
+check: setup
+	$(BIN)/ruff format --check host guest tests bench
+	$(BIN)/ruff check host guest tests bench
+	$(BIN)/mypy
+	PYTHONPATH=host:guest $(BIN)/lint-imports
+	cargo fmt --check
+	cargo clippy --release --workspace --all-targets -- -D warnings
+	shellcheck host/setup.sh .ci/run $(shell git ls-files '*.sh')
+	$(BIN)/ansible-lint -q --offline ansible
+	@if command -v cargo-deny >/dev/null; then cargo deny --offline check bans licenses sources; \
+	else echo 'check: cargo-deny is not installed, skipped (try: cargo install cargo-deny)'; fi
+
+bench-%: setup
+	@host/setup.sh packages bench
+	$(BIN)/python bench/$*.py
+
+.PHONY: clean distclean
+clean:
+	rm -rf target build/stamps build/demo build/bench
+distclean: clean
+	rm -rf build .venv
