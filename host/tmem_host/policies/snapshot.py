@@ -30,6 +30,10 @@ class VmSample:
     """Its puts are refused whatever its quota: a refusal says nothing about need."""
     pressure: float = 0.0
     """Percent of time some task of the guest waited for memory (PSI, 10 s), as the guest says."""
+    memory_bytes: int = 0
+    """The guest's own memory, as libvirt says; 0 if it is not libvirt's."""
+    disk_bytes: int = 0
+    """Read and written by all its disks since the last snapshot, as libvirt says."""
 
 
 @dataclass(frozen=True, slots=True)
