@@ -1,0 +1,120 @@
+"""The workloads run for real, on this machine in place of a guest, small."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tmem_host.errors import ExitCode, OperatorError
+from tmem_host.workloads import fio, memory
+from tmem_host.workloads.shell import OnOutput, WorkloadError, checked
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Ended:
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+class Here:
+    """Runs commands on this machine."""
+
+    def run(
+        self, argv: Sequence[str], *, deadline_s: float, on_output: OnOutput | None = None, stdin: bytes = b""
+    ) -> Ended:
+        done = subprocess.run(argv, input=stdin, capture_output=True, timeout=deadline_s, check=False)
+        stdout = done.stdout.decode()
+        if on_output:
+            on_output(stdout)
+        return Ended(done.returncode, stdout, done.stderr.decode())
+
+
+@pytest.fixture(autouse=True)
+def outputs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(fio, "OUTPUT", str(tmp_path / "fio.json"))
+    monkeypatch.setattr(memory, "PROGRAM", str(tmp_path / "memory"))
+    monkeypatch.setattr(memory, "STOP_FILE", str(tmp_path / "stop"))
+
+
+@pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
+@pytest.mark.parametrize("name", list(fio.PROFILES))
+def test_every_fio_profile_runs_and_is_read(name: str, tmp_path: Path) -> None:
+    seconds = 0 if name == "verify" else 1
+    chosen = fio.profile(name, size_bytes=4 * MIB, seconds=seconds)
+    heard: list[str] = []
+    result = fio.run(Here(), chosen, directory=str(tmp_path), deadline_s=60, on_output=heard.append)
+    assert result.errors == 0
+    assert heard
+    if chosen.verify:
+        assert result.write_bytes == 4 * MIB
+    elif chosen.rw != "randrw":
+        assert result.write_bytes == 0
+    assert result.read_bytes > 0
+
+
+@pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
+def test_a_failing_fio_hands_its_exit_code_and_complaint_on(tmp_path: Path) -> None:
+    (tmp_path / "randread.0.0").mkdir()
+    with pytest.raises(WorkloadError, match=r"fio randread failed with exit code 1: .*directory") as failure:
+        fio.run(Here(), fio.profile("randread", size_bytes=MIB), directory=str(tmp_path), deadline_s=60)
+    assert failure.value.exit_code == 1
+
+
+def test_an_unknown_profile_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(OperatorError, match="randread, seqread, mixed, verify") as failure:
+        fio.profile("fast")
+    assert failure.value.code is ExitCode.NOT_FOUND
+
+
+def test_fio_output_that_is_none() -> None:
+    for text in ("", "fio: killed", '{"jobs": []}', '{"jobs": [{"error": "x"}]}'):
+        with pytest.raises(OperatorError, match="cannot be read"):
+            fio.parse(text, "randread")
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
+class TestMemory:
+    def test_verifies_every_page_in_every_pass(self) -> None:
+        memory.prepare(Here())
+        result = memory.run(Here(), size_bytes=2 * MIB, seconds=1, pause_ms=1, deadline_s=60)
+        assert result.pages == 512
+        assert result.passes > 8, "enough for each page to be rewritten twice"
+        assert result.pages_verified == result.passes * result.pages
+
+    def test_stops_when_told(self) -> None:
+        memory.prepare(Here())
+        memory.stop(Here())
+        result = memory.run(Here(), size_bytes=MIB, seconds=3600, deadline_s=60)
+        assert result.passes == 1
+
+    def test_notices_a_page_that_is_not_intact(self, tmp_path: Path) -> None:
+        """The program is not trusted to notice: a copy whose last fill writes a wrong word must fail."""
+        source = (Path(memory.__file__).parent / "memory.c").read_text()
+        broken = source.replace(
+            "        at[i] = word(page, generation, i);",
+            "        at[i] = word(page, generation, i) ^ (page == 100 && generation == 2 && i == 511);",
+        )
+        assert broken != source
+        argv = ["gcc", "-O2", "-x", "c", "-o", str(tmp_path / "memory"), "-"]
+        checked(Here(), "compiling", argv, deadline_s=60, stdin=broken.encode())
+        with pytest.raises(WorkloadError, match=r"did not come back intact: page 100 .* word 511") as failure:
+            memory.run(Here(), size_bytes=MIB, seconds=60, pause_ms=0, deadline_s=120)
+        assert failure.value.exit_code == 3
+
+
+def test_a_killed_memory_program_is_not_a_success() -> None:
+    with pytest.raises(OperatorError, match="did not get to its end"):
+        memory.parse("filled 100 pages\npass 1: 100 pages intact\n")
+
+
+def test_checked_names_what_failed_and_its_last_words() -> None:
+    with pytest.raises(WorkloadError, match="copying failed with exit code 9: two") as failure:
+        checked(Here(), "copying", ["sh", "-c", "echo one >&2; echo two >&2; exit 9"], deadline_s=10)
+    assert failure.value.exit_code == 9
