@@ -1,6 +1,6 @@
 # Everything a checkout can do. `make demo` and `make test` are all a newcomer needs; both imply `make setup`.
 
-PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
+PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(CURDIR)/build/tools/bin
 export PATH
 BIN := .venv/bin
 STAMPS := build/stamps
@@ -35,6 +35,10 @@ $(STAMPS)/venv: pyproject.toml $(RUST_SOURCES) $(STAMPS)/rust
 	@host/setup.sh venv
 	@touch $@
 
+$(STAMPS)/deny: $(STAMPS)/rust
+	@host/setup.sh deny
+	@touch $@
+
 .PHONY: demo
 demo: setup
 	$(BIN)/python -m tmem_host.demo
@@ -53,7 +57,7 @@ test-long: setup
 	$(PYTEST) tests -m long --timeout 7200
 
 .PHONY: check
-check: setup
+check: setup $(STAMPS)/deny
 	$(BIN)/ruff format --check host guest tests bench
 	$(BIN)/ruff check host guest tests bench
 	$(BIN)/mypy
@@ -62,8 +66,7 @@ check: setup
 	cargo clippy --release --workspace --all-targets -- -D warnings
 	shellcheck host/setup.sh .ci/run $(shell git ls-files '*.sh')
 	$(BIN)/ansible-lint -q --offline ansible
-	@if command -v cargo-deny >/dev/null; then cargo deny --offline check bans licenses sources; \
-	else echo 'check: cargo-deny is not installed, skipped (try: cargo install cargo-deny)'; fi
+	cargo deny -L error check bans licenses sources
 
 bench-%: setup
 	@host/setup.sh packages bench

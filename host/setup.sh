@@ -5,6 +5,7 @@
 #   host/setup.sh packages [bench]   Debian packages (`bench`: also the peers the benchmarks measure against)
 #   host/setup.sh rust               a Rust toolchain: from PATH, from Debian, or from rustup, in that order
 #   host/setup.sh venv               the virtual environment .venv with the project, editable
+#   host/setup.sh deny               cargo-deny into build/tools, for `make check`
 #
 # Settings, for mirrors: apt's own sources.list; PIP_INDEX_URL; cargo's config.toml; RUSTUP_DIST_SERVER and
 # RUSTUP_INIT_URL. TMEM_PYTHON names the Python to use (3.11 or later).
@@ -82,9 +83,16 @@ venv() {
     .venv/bin/pip install -q --no-build-isolation -e '.[host,guest,dev]'
 }
 
+deny() {
+    command -v cargo-deny >/dev/null && return
+    say "building cargo-deny into build/tools (some minutes, once)"
+    cargo install -q --locked --root build/tools cargo-deny
+}
+
 case "${1:-}" in
 packages) packages "${2:-}" ;;
 rust) rust ;;
 venv) venv ;;
-*) die "usage: host/setup.sh packages [bench] | rust | venv" ;;
+deny) deny ;;
+*) die "usage: host/setup.sh packages [bench] | rust | venv | deny" ;;
 esac
