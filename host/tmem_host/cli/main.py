@@ -24,7 +24,7 @@ COMMANDS = {
     "thaw": ("tmem_host.cli.control:thaw", "Take a frozen VM's pages again."),
     "reclaim": ("tmem_host.cli.control:reclaim", "Ask a guest to take persistent pages back."),
     "run": ("tmem_host.cli.run:run", "Run a workload in a VM."),
-    "demo": ("tmem_host.cli.demo:demo", "Run the demonstration on two real VMs."),
+    "demo": ("tmem_host.demo.main:demo", "Run the demonstration on two real VMs."),
 }
 """Command → where it is, and its line in the help (so that help imports none of them)."""
 
