@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tmem_host.errors import ExitCode, OperatorError
-from tmem_host.workloads import fio, memory
+from tmem_host.workloads import fio, kernel, memory
 from tmem_host.workloads.shell import OnOutput, WorkloadError, checked
 
 MIB = 1 << 20
@@ -118,3 +118,42 @@ def test_checked_names_what_failed_and_its_last_words() -> None:
     with pytest.raises(WorkloadError, match="copying failed with exit code 9: two") as failure:
         checked(Here(), "copying", ["sh", "-c", "echo one >&2; echo two >&2; exit 9"], deadline_s=10)
     assert failure.value.exit_code == 9
+
+
+@pytest.fixture
+def kernel_tree(tmp_path: Path) -> Path:
+    """A tree with a make that speaks like the kernel's."""
+    tree = tmp_path / "linux"
+    (tree / "mm").mkdir(parents=True)
+    for name in ("slab", "swap"):
+        (tree / "mm" / f"{name}.c").write_text(f"int {name};\n")
+    (tree / "Makefile").write_text(
+        "mm/: mm/slab.o mm/swap.o\n%.o: %.c\n\t@echo '  CC      $@'\n\t@cc -c -o $@ $<\n.PHONY: mm/\n"
+    )
+    return tree
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+class TestKernel:
+    def test_compiles_again_what_was_compiled(self, kernel_tree: Path) -> None:
+        for _ in range(2):
+            result = kernel.run(Here(), kernel.target("mm"), source=str(kernel_tree), deadline_s=60)
+            assert (result.objects, result.target) == (2, "mm")
+            assert (kernel_tree / "mm/slab.o").exists()
+
+    def test_a_failing_build_hands_make_s_code_and_first_error_on(self, kernel_tree: Path) -> None:
+        (kernel_tree / "mm/slab.c").write_text("int oops\n")
+        with pytest.raises(WorkloadError, match=r"exit code 2: .*slab\.c.*error") as failure:
+            kernel.run(Here(), kernel.target("mm"), source=str(kernel_tree), deadline_s=60)
+        assert failure.value.exit_code == 2
+
+    def test_without_sources_it_says_what_is_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(OperatorError, match="is the tmem file system mounted"):
+            kernel.run(Here(), kernel.target("mm"), source=str(tmp_path / "none"), deadline_s=60)
+
+
+def test_kernel_targets() -> None:
+    assert kernel.target("fs/proc/").make == ("fs/proc/",)
+    for name in ("everything", "../etc/", "/etc/", "mm/;reboot/"):
+        with pytest.raises(OperatorError, match="no kernel-build target"):
+            kernel.target(name)
