@@ -18,22 +18,21 @@ def print_json(value: object) -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> Table:
-    """A table whose first `text_columns` columns are text and the others numbers, aligned right."""
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table; columns that hold nothing but numbers and sizes (`-` for none) are aligned right."""
     from rich.box import SIMPLE_HEAD  # noqa: PLC0415  # rich takes 0.1 s to import
     from rich.table import Table  # noqa: PLC0415
 
     made = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index, heading in enumerate(headings):
-        made.add_column(heading, justify="left" if index < text_columns else "right", overflow="fold")
+        numbers = all(row[index][:1].isdigit() or row[index] == "-" for row in rows)
+        made.add_column(heading, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         made.add_row(*row)
     return made
 
 
-def print_table(
-    headings: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1, empty: str = "nothing"
-) -> None:
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, empty: str = "nothing") -> None:
     """Print a table, or the line `empty` if there are no rows."""
     from rich.console import Console  # noqa: PLC0415
 
@@ -44,4 +43,4 @@ def print_table(
     if not console.is_terminal:
         # A pipe has no width: whoever reads it wants whole lines.
         console = Console(highlight=False, width=400)
-    console.print(table(headings, rows, text_columns=text_columns))
+    console.print(table(headings, rows))

@@ -48,7 +48,6 @@ def list_policies(as_json: bool) -> None:
             )
             for entry in entries
         ],
-        text_columns=3,
     )
 
 

@@ -61,6 +61,5 @@ def list_pools(context: Context, vm: str | None, as_json: bool) -> None:
             )
             for each in pools
         ],
-        text_columns=3,
         empty="no pools",
     )

@@ -62,7 +62,8 @@ def write(report: Report, path: Path) -> None:
 
 
 def failures(vms: Sequence[VmReport]) -> list[str]:
-    """What should have happened and did not, one line each; empty if the demonstration shows what it should."""
+    """What should have happened and did not, one line each; empty if the demonstration shows what it
+    should."""
     missing = [
         f"VM {vm.name}: {what} is zero"
         for vm in vms
@@ -101,6 +102,4 @@ def final_table(report: Report) -> Table:
         ("sectors read", [f"{vm.sectors_read:,}" for vm in report.vms]),
         ("sectors written", [f"{vm.sectors_written:,}" for vm in report.vms]),
     ]
-    return table(
-        ("", *(vm.name for vm in report.vms)), [(heading, *values) for heading, values in rows], text_columns=1
-    )
+    return table(("", *(vm.name for vm in report.vms)), [(heading, *values) for heading, values in rows])
