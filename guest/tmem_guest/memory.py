@@ -1,0 +1,19 @@
+"""Keeping the agent's own memory out of swap."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
+
+
+def lock() -> None:
+    """Keep every page this process has or will touch in memory (mlockall(2)). Raises OSError.
+
+    If the swap shim dies, this process must restart it without needing a page that only the shim can deliver.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
