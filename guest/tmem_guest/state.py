@@ -1,4 +1,4 @@
-"""What the daemon serves, for the one that comes after it; in the runtime directory, which a reboot clears."""
+"""What the daemon serves, for the one that comes after it; a reboot clears it with the runtime directory."""
 
 from __future__ import annotations
 
