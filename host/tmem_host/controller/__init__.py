@@ -9,7 +9,6 @@
 | `registrar` | registers running domains with tmemd, releases the pages of stopped ones |
 | `sampler` | tmemd's counters → `policies.Snapshot` |
 | `applier` | `policies.Decision` → changed quotas |
-| `notify` | readiness and state for systemd |
 
 The data path is `domains` + tmemd → `sampler` → `tmem_host.policies` → `applier`. A part that fails changes
 nothing: the quotas of the last round that worked stay in force.

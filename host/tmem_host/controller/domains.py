@@ -41,6 +41,10 @@ _PAGES_LIVE_ON = {
 """Why a domain may stop and its guest still go on later, with its pages."""
 
 
+# libvirt prints errors to stderr by itself; they are raised as exceptions too.
+libvirt.registerErrorHandler(lambda _context, _error: None, None)
+
+
 @dataclass(frozen=True, slots=True)
 class Domain:
     """A running domain."""

@@ -44,13 +44,10 @@ def controller(socket: Path, connect: str, *, no_libvirt: bool, interval_s: floa
     from tmem_host.api.client import Client  # noqa: PLC0415
     from tmem_host.controller.domains import DomainWatch  # noqa: PLC0415
     from tmem_host.controller.loop import Domains, Loop, NoDomains  # noqa: PLC0415
-    from tmem_host.controller.notify import Notifier  # noqa: PLC0415
+    from tmem_host.service import log  # noqa: PLC0415
+    from tmem_host.service.notify import notify  # noqa: PLC0415
 
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
+    log.set_up("debug" if verbose else "info")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("httpcore").setLevel(logging.WARNING)
     stop = threading.Event()
@@ -72,15 +69,19 @@ def controller(socket: Path, connect: str, *, no_libvirt: bool, interval_s: floa
         else:
             domains = stack.enter_context(DomainWatch(connect, interval_s=interval_s, wake=wake))
         loop = Loop(client, domains)
-        notifier = Notifier()
-        notifier.ready("starting")
+        told = loop.state
+        notify(f"READY=1\nSTATUS={told}")
         _log.info("following %s and %s", "no libvirt" if no_libvirt else connect, socket)
+        # The first round waits for the first look at libvirt.
+        wake.wait(interval_s)
         while not stop.is_set():
             wake.clear()
             loop.round()
-            notifier.status(loop.state)
+            if loop.state != told:
+                told = loop.state
+                notify(f"STATUS={told}")
             wake.wait(interval_s)
-        notifier.stopping()
+        notify("STOPPING=1")
     sys.exit(ExitCode.OK)
 
 
