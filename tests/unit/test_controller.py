@@ -201,7 +201,7 @@ def test_counters_that_go_back_count_as_nothing() -> None:
 DOMAIN = """<domain type='qemu'><name>a</name><memory unit='MiB'>256</memory>
 <metadata>{}</metadata>
 <devices><vsock model='virtio'><cid auto='yes' address='7'/></vsock></devices></domain>"""
-VM_ELEMENT = '<t:vm xmlns:t="urn:tmem:vm:1" {}/>'
+VM_ELEMENT = '<t:vm xmlns:t="https://tmem.invalid/vm/1" {}/>'
 
 
 def test_metadata_with_and_without_a_socket() -> None:

@@ -13,7 +13,8 @@ from tmem_host.api.types import VmSpec
 from tmem_host.controller.domains import DomainWatch
 
 NODE = """<node><domain type='test'><name>a</name><memory>262144</memory><os><type>hvm</type></os>
-<metadata><t:vm xmlns:t='urn:tmem:vm:1' hybrid-socket='/s' quota='64M'/></metadata></domain></node>"""
+<metadata><t:vm xmlns:t='https://tmem.invalid/vm/1' hybrid-socket='/s'
+quota='64M'/></metadata></domain></node>"""
 
 
 def eventually(what: str, holds: Callable[[], bool]) -> None:

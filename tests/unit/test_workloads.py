@@ -4,36 +4,41 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from tmem_host.errors import ExitCode, OperatorError
 from tmem_host.workloads import fio, kernel, memory
-from tmem_host.workloads.shell import OnOutput, WorkloadError, checked
+from tmem_host.workloads.shell import WorkloadError, checked, finish, mount_point
 
 MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class Ended:
-    exit_code: int
-    stdout: str
-    stderr: str
 
 
 class Here:
     """Runs commands on this machine."""
 
     def run(
-        self, argv: Sequence[str], *, deadline_s: float, on_output: OnOutput | None = None, stdin: bytes = b""
-    ) -> Ended:
-        done = subprocess.run(argv, input=stdin, capture_output=True, timeout=deadline_s, check=False)
-        stdout = done.stdout.decode()
+        self,
+        command: str | Sequence[str],
+        *,
+        deadline_s: float,
+        on_output: Callable[[Literal["stdout", "stderr"], bytes], None] | None = None,
+        stdin: bytes = b"",
+    ) -> int:
+        done = subprocess.run(
+            command,
+            input=stdin,
+            capture_output=True,
+            timeout=deadline_s,
+            check=False,
+            shell=isinstance(command, str),
+        )
         if on_output:
-            on_output(stdout)
-        return Ended(done.returncode, stdout, done.stderr.decode())
+            on_output("stdout", done.stdout)
+            on_output("stderr", done.stderr)
+        return done.returncode
 
 
 @pytest.fixture(autouse=True)
@@ -48,10 +53,8 @@ def outputs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_every_fio_profile_runs_and_is_read(name: str, tmp_path: Path) -> None:
     seconds = 0 if name == "verify" else 1
     chosen = fio.profile(name, size_bytes=4 * MIB, seconds=seconds)
-    heard: list[str] = []
-    result = fio.run(Here(), chosen, directory=str(tmp_path), deadline_s=60, on_output=heard.append)
+    result = fio.run(Here(), chosen, directory=str(tmp_path), deadline_s=60)
     assert result.errors == 0
-    assert heard
     if chosen.verify:
         assert result.write_bytes == 4 * MIB
     elif chosen.rw != "randrw":
@@ -157,3 +160,37 @@ def test_kernel_targets() -> None:
     for name in ("everything", "../etc/", "/etc/", "mm/;reboot/"):
         with pytest.raises(OperatorError, match="no kernel-build target"):
             kernel.target(name)
+
+
+class Says:
+    """Answers every command with the same bytes, in pieces of one."""
+
+    def __init__(self, stdout: bytes) -> None:
+        self._stdout = stdout
+
+    def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        deadline_s: float,
+        on_output: Callable[[Literal["stdout", "stderr"], bytes], None] | None = None,
+        stdin: bytes = b"",
+    ) -> int:
+        del command, deadline_s, stdin
+        for byte in self._stdout:
+            assert on_output is not None
+            on_output("stdout", bytes([byte]))
+        return 0
+
+
+def test_output_cut_in_the_middle_of_a_character_is_put_together() -> None:
+    assert finish(Says("aäb\n".encode()), ["x"], deadline_s=1).stdout == "aäb\n"
+
+
+def test_the_mount_point_is_found_in_the_guests_mount_table() -> None:
+    table = (
+        b"/dev/vda / ext4 rw 0 0\nfusectl /sys/fs/fuse fusectl rw 0 0\ntmem /mnt/a\\040b fuse.tmem rw 0 0\n"
+    )
+    assert mount_point(Says(table)) == "/mnt/a b"
+    with pytest.raises(OperatorError, match="no tmem-backed file system"):
+        mount_point(Says(b"/dev/vda / ext4 rw 0 0\nx /s fuse.sshfs rw 0 0\n"))

@@ -1,12 +1,13 @@
 """What a domain's XML says about tmem, and how a domain is registered by it.
 
     <metadata>
-      <tmem:vm xmlns:tmem="urn:tmem:vm:1" hybrid-socket="/run/tmem/vm/a/vsock.sock" quota="512M"
+      <tmem:vm xmlns:tmem="https://tmem.invalid/vm/1" hybrid-socket="/run/tmem/vm/a/vsock.sock" quota="512M"
                minimum="64M" weight="100" maximum="1G"/>
     </metadata>
 
-All attributes are optional. Without `hybrid-socket` the CID of the domain's `<vsock>` device is used.
-`maximum` is the most the guest's RAM and its persistent pages may be together.
+All attributes are optional; `cid` is for people, `tmemctl vm up` writes it. Without `hybrid-socket` the CID
+of the domain's `<vsock>` device is used. `maximum` is the most the guest's RAM and its persistent pages may
+be together.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import xml.etree.ElementTree as ET
 from tmem_host.api.types import Cid, VmSpec
 from tmem_host.units import parse_size
 
-NAMESPACE = "urn:tmem:vm:1"
+NAMESPACE = "https://tmem.invalid/vm/1"
 KEY = "tmem"
 """Prefix libvirt keeps the element under (`virsh metadata --key`)."""
 
-_ATTRIBUTES = ("hybrid-socket", "quota", "minimum", "weight", "maximum")
+_ATTRIBUTES = ("cid", "hybrid-socket", "quota", "minimum", "weight", "maximum")
 
 
 class MetadataError(ValueError):

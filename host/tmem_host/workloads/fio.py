@@ -8,7 +8,7 @@ import msgspec
 
 from tmem_host.errors import ExitCode, OperatorError
 from tmem_host.units import format_size
-from tmem_host.workloads.shell import DIRECTORY, OnOutput, Shell, WorkloadError, checked
+from tmem_host.workloads.shell import OnOutput, Shell, WorkloadError, checked, finish
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ def run(
     shell: Shell,
     chosen: Profile,
     *,
-    directory: str = f"{DIRECTORY}/fio",
+    directory: str,
     deadline_s: float,
     on_output: OnOutput | None = None,
 ) -> FioResult:
@@ -134,7 +134,7 @@ def run(
     (TIMEOUT) when the deadline passes.
     """
     checked(shell, "making fio's directory", ["mkdir", "-p", directory], deadline_s=60)
-    finished = shell.run(chosen.argv(directory, OUTPUT), deadline_s=deadline_s, on_output=on_output)
+    finished = finish(shell, chosen.argv(directory, OUTPUT), deadline_s=deadline_s, on_output=on_output)
     if finished.exit_code != 0:
         lines = (finished.stderr.strip() or finished.stdout.strip()).splitlines()
         # fio ends with its progress line; its complaint is the last line that names it.

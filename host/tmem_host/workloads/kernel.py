@@ -14,9 +14,7 @@ from dataclasses import dataclass
 import msgspec
 
 from tmem_host.errors import ExitCode, OperatorError
-from tmem_host.workloads.shell import DIRECTORY, OnOutput, Shell, WorkloadError, checked
-
-SOURCE = f"{DIRECTORY}/linux"
+from tmem_host.workloads.shell import OnOutput, Shell, WorkloadError, checked, finish
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +66,7 @@ def run(
     shell: Shell,
     chosen: Target,
     *,
-    source: str = SOURCE,
+    source: str,
     jobs: int = 2,
     deadline_s: float,
     on_output: OnOutput | None = None,
@@ -81,7 +79,7 @@ def run(
     started_s = time.monotonic()
     directories = [f"{source}/{each}" for each in chosen.make if each.endswith("/")] or [source]
     for directory in directories:
-        if shell.run(["test", "-d", directory], deadline_s=60).exit_code != 0:
+        if shell.run(["test", "-d", directory], deadline_s=60) != 0:
             raise OperatorError(
                 f"there is no {directory} in the guest",
                 hint="a VM of the image debian has kernel sources there; is the tmem file system mounted?",
@@ -95,8 +93,8 @@ def run(
     )
     left_s = max(1.0, deadline_s - (time.monotonic() - started_s))
     started_s = time.monotonic()
-    finished = shell.run(
-        ["make", "-C", source, f"-j{jobs}", *chosen.make], deadline_s=left_s, on_output=on_output
+    finished = finish(
+        shell, ["make", "-C", source, f"-j{jobs}", *chosen.make], deadline_s=left_s, on_output=on_output
     )
     seconds = time.monotonic() - started_s
     if finished.exit_code != 0:

@@ -11,7 +11,7 @@ from importlib.resources import files
 import msgspec
 
 from tmem_host.errors import OperatorError
-from tmem_host.workloads.shell import OnOutput, Shell, WorkloadError, checked
+from tmem_host.workloads.shell import OnOutput, Shell, WorkloadError, checked, finish
 
 PROGRAM = "/run/tmem-memory"
 STOP_FILE = "/run/tmem-memory.stop"
@@ -50,7 +50,7 @@ def run(
     intact (exit code 3) or the program was killed, and OperatorError (TIMEOUT) when the deadline passes.
     """
     argv = [PROGRAM, str(size_bytes >> 20), str(seconds), STOP_FILE, str(pause_ms)]
-    finished = shell.run(argv, deadline_s=deadline_s, on_output=on_output)
+    finished = finish(shell, argv, deadline_s=deadline_s, on_output=on_output)
     if finished.exit_code == _NOT_INTACT:
         raise WorkloadError(
             f"swapped memory did not come back intact: {finished.stderr.strip()}", exit_code=_NOT_INTACT

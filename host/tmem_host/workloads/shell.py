@@ -1,46 +1,40 @@
-"""What a workload needs of a guest."""
+"""What a workload needs of a guest: commands with a deadline, live output, an exit code."""
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
-from tmem_host.errors import OperatorError
+from tmem_host.errors import ExitCode, OperatorError
 
 OnOutput = Callable[[str], None]
 """Called with each piece of output as it arrives."""
 
-DIRECTORY = "/mnt/tmem"
-"""Where the guest's agent mounts the tmem-backed file system."""
-
-
-class Finished(Protocol):
-    """A command that has ended."""
-
-    @property
-    def exit_code(self) -> int:
-        """As in a shell; 128 + n if a signal ended it."""
-        ...
-
-    @property
-    def stdout(self) -> str:
-        """What it wrote to stdout."""
-        ...
-
-    @property
-    def stderr(self) -> str:
-        """What it wrote to stderr."""
-        ...
-
 
 class Shell(Protocol):
-    """Runs commands in one guest."""
+    """Runs commands in one guest; `tmem_host.vm.ssh.GuestShell` is one."""
 
     def run(
-        self, argv: Sequence[str], *, deadline_s: float, on_output: OnOutput | None = None, stdin: bytes = b""
-    ) -> Finished:
-        """Run a command to its end. Raises OperatorError (TIMEOUT) when the deadline passes."""
+        self,
+        command: str | Sequence[str],
+        *,
+        deadline_s: float,
+        on_output: Callable[[Literal["stdout", "stderr"], bytes], None] | None = None,
+        stdin: bytes = b"",
+    ) -> int:
+        """Run a command to its end and return its exit code. Raises OperatorError (TIMEOUT, UNAVAILABLE)."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A command that has ended."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
 
 
 class WorkloadError(OperatorError):
@@ -49,6 +43,28 @@ class WorkloadError(OperatorError):
     def __init__(self, message: str, *, exit_code: int, hint: str = "", vm: str | None = None) -> None:
         super().__init__(message, hint=hint, vm=vm)
         self.exit_code = exit_code
+
+
+def finish(
+    shell: Shell,
+    argv: Sequence[str],
+    *,
+    deadline_s: float,
+    on_output: OnOutput | None = None,
+    stdin: bytes = b"",
+) -> Finished:
+    """Run a command to its end, whatever its exit code, and return what it wrote."""
+    parts: dict[str, list[str]] = {"stdout": [], "stderr": []}
+    decoders = {name: codecs.getincrementaldecoder("utf-8")("replace") for name in parts}
+
+    def hear(name: Literal["stdout", "stderr"], data: bytes) -> None:
+        text = decoders[name].decode(data)
+        parts[name].append(text)
+        if on_output is not None and text:
+            on_output(text)
+
+    exit_code = shell.run(argv, deadline_s=deadline_s, on_output=hear, stdin=stdin)
+    return Finished(exit_code, "".join(parts["stdout"]), "".join(parts["stderr"]))
 
 
 def checked(
@@ -61,7 +77,7 @@ def checked(
     stdin: bytes = b"",
 ) -> str:
     """Run a command that must succeed and return its stdout; `what` names it in the error."""
-    finished = shell.run(argv, deadline_s=deadline_s, on_output=on_output, stdin=stdin)
+    finished = finish(shell, argv, deadline_s=deadline_s, on_output=on_output, stdin=stdin)
     if finished.exit_code != 0:
         last = (finished.stderr.strip() or finished.stdout.strip()).splitlines()[-1:]
         raise WorkloadError(
@@ -69,3 +85,21 @@ def checked(
             exit_code=finished.exit_code,
         )
     return finished.stdout
+
+
+def mount_point(shell: Shell) -> str:
+    """Where the tmem-backed file system is mounted in the guest. Raises OperatorError (NOT_FOUND) if
+    nowhere."""
+    table = checked(shell, "reading the mount table", ["cat", "/proc/self/mounts"], deadline_s=60)
+    points = [
+        fields[1]
+        for fields in map(str.split, table.splitlines())
+        if fields[2].startswith("fuse") and "tmem" in fields[0] + fields[2]
+    ]
+    if not points:
+        raise OperatorError(
+            "no tmem-backed file system is mounted in the guest",
+            hint="tmem-agent mount DIR in the guest",
+            code=ExitCode.NOT_FOUND,
+        )
+    return points[-1].encode().decode("unicode_escape")
