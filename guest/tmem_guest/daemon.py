@@ -41,7 +41,7 @@ def find_program(configured: str) -> Path:
     places = [Path(directory) for directory in os.environ.get("PATH", os.defpath).split(os.pathsep)]
     if not configured:
         places = [Path(sys.argv[0]).parent, Path(sys.executable).parent, *places]
-    # An absolute name stays itself when joined. (Importing shutil for its `which` is a tenth of the start-up.)
+    # An absolute name stays itself when joined. (Importing shutil for `which` is a tenth of the start-up.)
     for candidate in (place / name for place in places):
         if candidate.is_file() and os.access(candidate, os.X_OK):
             return candidate.absolute()

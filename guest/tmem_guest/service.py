@@ -71,6 +71,7 @@ class Service(threading.Thread, abc.ABC):
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._settled = threading.Event()
         self._first_error: AgentError | None = None
+        self._left = False
         self._stop_wanted = False
         self._stop_lazily = False
         self._stop_done = threading.Event()
@@ -171,7 +172,7 @@ class Service(threading.Thread, abc.ABC):
         finally:
             if self._output >= 0:
                 os.close(self._output)
-            if self._stop_wanted:
+            if not self._left:
                 self._output_path.unlink(missing_ok=True)
             self._settled.set()
             self._stop_done.set()
@@ -227,6 +228,8 @@ class Service(threading.Thread, abc.ABC):
                 raise _Stop
 
     def _leave_child(self) -> None:
+        """Let the process go on by itself. Its log stays: another agent may take it over."""
+        self._left = True
         if self._child is not None:
             self._child.close()
             self._child = None
