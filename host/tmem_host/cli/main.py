@@ -98,7 +98,7 @@ def run(argv: list[str] | None = None) -> int:
     except (OperatorError, click.ClickException, click.Abort, KeyboardInterrupt, BrokenPipeError) as error:
         line, code = _explain(error)
         if line:
-            print(f"tmemctl: {' '.join(line.split())}", file=sys.stderr)
+            print(f"tmemctl: {line}", file=sys.stderr)
         return code
     # click hands back what `ctx.exit(code)` was given, or the command's return value.
     return result if isinstance(result, int) else ExitCode.OK

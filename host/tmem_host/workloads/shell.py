@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from tmem_host.errors import ExitCode, OperatorError
+from tmem_host.errors import OperatorError
 
 OnOutput = Callable[[str], None]
 """Called with each piece of output as it arrives."""
@@ -87,19 +87,30 @@ def checked(
     return finished.stdout
 
 
-def mount_point(shell: Shell) -> str:
-    """Where the tmem-backed file system is mounted in the guest. Raises OperatorError (NOT_FOUND) if
-    nowhere."""
+DATA = "/data"
+"""Where the images mount their data disk."""
+MOUNT = "/mnt/tmem"
+"""Where `ensure_mounted` puts the tmem-backed file system over it."""
+
+
+def ensure_mounted(shell: Shell) -> str:
+    """Mount the guest's data disk through tmem unless something is mounted through tmem already; returns
+    where."""
+    found = mount_point(shell)
+    if found is None:
+        checked(shell, "making the mount point", ["mkdir", "-p", MOUNT], deadline_s=60)
+        argv = ["tmem-agent", "mount", DATA, "--at", MOUNT]
+        checked(shell, f"mounting {DATA} through tmem", argv, deadline_s=120)
+        found = MOUNT
+    return found
+
+
+def mount_point(shell: Shell) -> str | None:
+    """Where the tmem-backed file system is mounted in the guest; None if nowhere."""
     table = checked(shell, "reading the mount table", ["cat", "/proc/self/mounts"], deadline_s=60)
     points = [
         fields[1]
         for fields in map(str.split, table.splitlines())
         if fields[2].startswith("fuse") and "tmem" in fields[0] + fields[2]
     ]
-    if not points:
-        raise OperatorError(
-            "no tmem-backed file system is mounted in the guest",
-            hint="tmem-agent mount DIR in the guest",
-            code=ExitCode.NOT_FOUND,
-        )
-    return points[-1].encode().decode("unicode_escape")
+    return points[-1].encode().decode("unicode_escape") if points else None
