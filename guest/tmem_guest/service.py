@@ -155,15 +155,16 @@ class Service(threading.Thread, abc.ABC):
                     up_since = time.monotonic()
                     self._watch()
                 except _Stop:
-                    self._end_child()
+                    if not self._left:
+                        self._end_child()
+                        self.clean()
                     self._change(State.ENDED)
-                    self.clean()
                 except AgentError as error:
                     if self.state is State.UP and time.monotonic() - up_since > STEADY_S:
                         delay_s = FIRST_DELAY_S
                     self._recover(error, delay_s)
                     delay_s = min(delay_s * 2, MAX_DELAY_S)
-        except _Stop:  # while recovering
+        except _Stop:  # while waiting for the next attempt; all is clean
             self._change(State.ENDED)
         except (AgentError, OSError) as error:
             log.error(f"{self.name}: supervision failed: {error}")
