@@ -21,6 +21,7 @@
 //! | [`polling`] | bounded busy polling before a thread sleeps |
 //! | [`listener`] | sockets on which guests arrive |
 //! | [`limits`] | what a VM may use: connections, memory in flight, pages a second |
+//! | [`vhost_user`] | a vsock device whose guest's streams end here |
 //! | [`histogram`] | latencies |
 //!
 //! Who a client is comes from the transport, never from what it says. Nothing here knows of Python.
@@ -34,6 +35,7 @@ pub mod operations;
 pub mod outbox;
 pub mod polling;
 pub mod session;
+pub mod vhost_user;
 pub mod vm;
 
 pub use engine::{Endpoint, Engine, EngineError};

@@ -254,7 +254,7 @@ pub fn with_port(path: &Path) -> PathBuf {
 }
 
 /// Bind a listening socket. A socket file that nobody listens on, left by a daemon that died, is replaced.
-fn bind(path: &Path, options: SocketOptions) -> Result<OwnedFd, EngineError> {
+pub(crate) fn bind(path: &Path, options: SocketOptions) -> Result<OwnedFd, EngineError> {
     let failed = |what: &str, source: io::Error| EngineError::Io {
         what: format!("{what} {}", path.display()),
         source,

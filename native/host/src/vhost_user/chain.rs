@@ -8,8 +8,10 @@ use std::io;
 use std::os::unix::net::UnixStream;
 
 use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryMmap, Permissions, ReadVolatile, VolatileMemoryError,
-    VolatileSlice, WriteVolatile};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryMmap, Permissions, ReadVolatile,
+    VolatileMemoryError, VolatileSlice, WriteVolatile,
+};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::packet::{Header, Sink, Source, HEADER_BYTES, MAX_DATA_BYTES};
@@ -88,6 +90,13 @@ impl Segments {
         }
         Ok(())
     }
+
+    /// Write `bytes` from the start of the ranges; returns how many fitted.
+    pub fn write(&self, memory: &GuestMemoryMmap, bytes: &[u8]) -> usize {
+        let fitting = bytes.len().min(self.total);
+        Cursor::new(memory, self).write(&bytes[..fitting]);
+        fitting
+    }
 }
 
 /// Where in its segments a reader or writer is.
@@ -150,15 +159,16 @@ impl<'a> Cursor<'a> {
     fn transfer(
         &mut self,
         mut limit: usize,
-        mut step: impl FnMut(&VolatileSlice<'_>) -> Result<usize, VolatileMemoryError>,
+        mut step: impl FnMut(&mut VolatileSlice<'_>) -> Result<usize, VolatileMemoryError>,
     ) -> io::Result<usize> {
         let mut moved = 0;
         while let Some((address, length)) = self.next(limit) {
             // A range may span two regions, which lie apart in our memory: take the part in the first.
-            let Some(Ok(slice)) = GuestMemoryBackend::get_slices(self.memory, address, length).next() else {
+            let Some(Ok(mut slice)) = GuestMemoryBackend::get_slices(self.memory, address, length).next()
+            else {
                 break;
             };
-            match step(&slice) {
+            match step(&mut slice) {
                 Ok(bytes) => {
                     moved += bytes;
                     limit -= bytes;

@@ -162,7 +162,8 @@ impl Connection {
                 self.state = State::Gone;
                 Ok(())
             }
-            (State::Ending | State::Gone, _) => Ok(()),
+            // An update of the credit has been noted above; and an ended stream hears nothing any more.
+            (State::Ending | State::Gone, _) | (State::Open, Some(Op::CreditUpdate)) => Ok(()),
             (State::Opening, Some(Op::Response)) => {
                 self.deadline = None;
                 self.readable = true;
@@ -182,7 +183,6 @@ impl Connection {
                 self.owed.credit_update = true;
                 Ok(())
             }
-            (State::Open, Some(Op::CreditUpdate)) => Ok(()),
             _ => Err(Violation::State),
         };
         if outcome.is_err() {

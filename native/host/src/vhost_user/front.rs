@@ -201,7 +201,8 @@ impl Body<'_> {
         let (guest_address, size) = (self.u64()?, self.u64()?);
         let (user_address, offset) = (self.u64()?, self.u64()?);
         let region = Region { guest_address, size, user_address, offset, file };
-        let ends = [guest_address.checked_add(size), user_address.checked_add(size), offset.checked_add(size)];
+        let ends =
+            [guest_address.checked_add(size), user_address.checked_add(size), offset.checked_add(size)];
         if size == 0 || ends.contains(&None) {
             return Err(self.fail(format!("a memory region of {size:#x} bytes at {guest_address:#x}")));
         }
@@ -242,7 +243,8 @@ impl FrontState {
             }
             GET_PROTOCOL_FEATURES => reply = Some(PROTOCOL_FEATURES.to_ne_bytes().to_vec()),
             SET_PROTOCOL_FEATURES => self.protocol_features = body.u64()? & PROTOCOL_FEATURES,
-            SET_OWNER | SET_VRING_ERR => {}
+            // Of the configuration nothing can be written.
+            SET_OWNER | SET_VRING_ERR | SET_CONFIG => {}
             RESET_OWNER | RESET_DEVICE => {
                 for vring in &mut self.vrings {
                     *vring = Vring { call: vring.call.take(), ..Vring::default() };
@@ -322,7 +324,8 @@ impl FrontState {
                 if ring >= RINGS {
                     return Err(body.fail(format!("there is no ring {ring}")));
                 }
-                let descriptor = if value & NO_DESCRIPTOR == 0 { Some(single(&body, descriptors)?) } else { None };
+                let descriptor =
+                    if value & NO_DESCRIPTOR == 0 { Some(single(&body, descriptors)?) } else { None };
                 if let Some(descriptor) = &descriptor {
                     // A front end under a guest's control must not be able to hang us on a full pipe.
                     let nonblocking = rustix::fs::OFlags::NONBLOCK;
@@ -357,8 +360,6 @@ impl FrontState {
                 answer.extend_from_slice(bytes);
                 reply = Some(answer);
             }
-            // Nothing in it can be written.
-            SET_CONFIG => {}
             other => return Err(body.fail(format!("request {other} is not supported"))),
         }
         let wants_ack = header.flags & FLAG_NEED_REPLY != 0 && self.protocol_features & P_REPLY_ACK != 0;

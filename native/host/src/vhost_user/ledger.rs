@@ -51,7 +51,8 @@ impl Ledger {
 
     fn map(file: File) -> io::Result<Ledger> {
         let bytes = file.metadata()?.len() as usize;
-        let region = MmapRegion::from_file(FileOffset::new(file.try_clone()?, 0), bytes).map_err(io::Error::other)?;
+        let region =
+            MmapRegion::from_file(FileOffset::new(file.try_clone()?, 0), bytes).map_err(io::Error::other)?;
         Ok(Ledger { file, region, entries: bytes / ENTRY_BYTES })
     }
 

@@ -129,10 +129,25 @@ pub struct Step {
 
 /// One stream's end inside this process, without I/O of its own.
 pub trait Service: Send {
-    /// Work on `input`, append answers to `out`. Called with whatever is there, also with nothing when the service
-    /// asked to be woken. It must bound what it appends: it is called again once the guest has taken that.
-    fn feed(&mut self, input: &[u8], out: &mut Vec<u8>) -> Step;
+    /// Work on `input`, whose last `fresh` bytes are new; append answers to `out`. Called with whatever is there, also
+    /// with nothing new when the service asked to be woken. It must bound what it appends: it is called again once the
+    /// guest has taken that.
+    fn feed(&mut self, input: &[u8], fresh: usize, out: &mut Vec<u8>) -> Step;
+
+    /// Most bytes of input to hold for it now; at least one byte more than it has left unused.
+    fn max_input_bytes(&self) -> usize;
+
+    /// The guest has taken some of the answers.
+    fn taken(&mut self) {}
+
+    /// Nothing is held in the buffers. Returns whether they are to be freed.
+    fn idle(&mut self) -> bool {
+        false
+    }
 }
+
+/// The service gets no more input while this many bytes of answers wait for the guest.
+const MAX_OUT_BYTES: usize = crate::limits::OUT_HIGH_WATER;
 
 /// A service as a peer: its buffers, and nothing else.
 pub struct Local {
@@ -150,15 +165,6 @@ pub struct Local {
     ended: bool,
 }
 
-/// Most input held for a service: the largest frame of the protocol and a packet, which is what it takes to make
-/// progress.
-pub const MAX_INPUT_BYTES: usize =
-    tmem_wire::HEADER_BYTES + tmem_wire::MAX_BODY_BYTES + super::packet::MAX_DATA_BYTES;
-/// The service gets no more input while this many bytes of answers wait for the guest.
-pub const MAX_OUT_BYTES: usize = 256 * 1024;
-/// Buffers larger than this are given back when they run empty.
-const KEEP_BYTES: usize = 256 * 1024;
-
 impl Local {
     /// A stream that ends in `service`.
     pub fn new(service: Box<dyn Service>) -> Local {
@@ -175,27 +181,21 @@ impl Local {
     }
 
     /// Let the service work until it wants more input or has answered enough.
-    fn run(&mut self) {
-        while !self.closed && self.out.len() - self.given < MAX_OUT_BYTES {
-            let step = self.service.feed(&self.input[self.used..], &mut self.out);
+    fn run(&mut self, fresh: usize) {
+        if !self.closed && self.out.len() < MAX_OUT_BYTES {
+            let step = self.service.feed(&self.input[self.used..], fresh, &mut self.out);
             self.used += step.consumed.min(self.input.len() - self.used);
             self.closed = step.closed;
             self.again_at = step.again_in.map(|wait| Instant::now() + wait);
-            if step.consumed == 0 || self.used == self.input.len() {
-                break;
-            }
         }
         if self.used == self.input.len() || self.closed {
-            recycle(&mut self.input);
+            self.input.clear();
             self.used = 0;
         }
-    }
-}
-
-fn recycle(buffer: &mut Vec<u8>) {
-    buffer.clear();
-    if buffer.capacity() > KEEP_BYTES {
-        *buffer = Vec::new();
+        if self.input.is_empty() && self.out.is_empty() && self.service.idle() {
+            self.input = Vec::new();
+            self.out = Vec::new();
+        }
     }
 }
 
@@ -205,16 +205,26 @@ impl Peer for Local {
             // As a socket would: what is sent to a closed service is lost.
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        let bytes = data.remaining().min(MAX_INPUT_BYTES - (self.input.len() - self.used));
-        if self.used > 0 && self.input.len() + bytes > self.input.capacity().max(MAX_INPUT_BYTES) {
-            self.input.drain(..self.used);
-            self.used = 0;
+        let mut taken = 0;
+        loop {
+            let held = self.input.len() - self.used;
+            let bytes = data.remaining().min(self.service.max_input_bytes().saturating_sub(held));
+            if bytes == 0 {
+                return Ok(taken);
+            }
+            if self.used > 0 && self.input.len() + bytes > self.input.capacity() {
+                self.input.drain(..self.used);
+                self.used = 0;
+            }
+            let start = self.input.len();
+            self.input.resize(start + bytes, 0);
+            data.copy_to(&mut self.input[start..]);
+            taken += bytes;
+            self.run(bytes);
+            if self.closed {
+                return Ok(taken);
+            }
         }
-        let start = self.input.len();
-        self.input.resize(start + bytes, 0);
-        data.copy_to(&mut self.input[start..]);
-        self.run();
-        Ok(bytes)
     }
 
     fn give(&mut self, room: &mut dyn Sink, limit: usize) -> io::Result<Given> {
@@ -224,12 +234,13 @@ impl Peer for Local {
         let bytes = limit.min(room.room()).min(self.out.len() - self.given);
         room.put(&self.out[self.given..self.given + bytes]);
         self.given += bytes;
+        self.service.taken();
         if self.given == self.out.len() {
-            recycle(&mut self.out);
+            self.out.clear();
             self.given = 0;
             // What was held back while answers waited can go on now.
             if self.used < self.input.len() {
-                self.run();
+                self.run(0);
             }
         }
         Ok(Given::Bytes(bytes))
@@ -250,7 +261,7 @@ impl Peer for Local {
 
     fn wake(&mut self, _now: Instant) -> bool {
         self.again_at = None;
-        self.run();
+        self.run(0);
         self.closed || self.ended || self.given < self.out.len()
     }
 

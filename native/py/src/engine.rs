@@ -1,0 +1,411 @@
+//! `Engine`: the store, the VMs and their transports, as tmemd drives them.
+
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+use tmem_host::histogram;
+use tmem_host::listener::SocketOptions;
+use tmem_host::{EngineError as Error, Limits, Vm, VmSpec};
+use tmem_store::{AdminError, Incompressible, OpenError, PoolError, PoolId, Recovery, StoreConfig, VmLimits};
+use tmem_wire::{Notice, PoolKind};
+
+pyo3::create_exception!(
+    tmem_native._native,
+    EngineError,
+    pyo3::exceptions::PyException,
+    "The engine could not do what was asked. `args` are a message and its kind: conflict, in_use, io, invalid, \
+     not_found, no_space, privilege, shutting_down or unusable."
+);
+
+fn raise(kind: &'static str, message: &impl ToString) -> PyErr {
+    EngineError::new_err((message.to_string(), kind))
+}
+
+fn io_kind(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        std::io::ErrorKind::PermissionDenied => "privilege",
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::OutOfMemory => "no_space",
+        _ => "io",
+    }
+}
+
+#[allow(clippy::needless_pass_by_value)] // as map_err gives it
+fn engine_error(error: Error) -> PyErr {
+    let kind = match &error {
+        Error::NoSuchVm(_) => "not_found",
+        Error::VmExists(_) | Error::CidTaken { .. } | Error::SocketTaken { .. } => "conflict",
+        Error::SocketInUse(_) => "in_use",
+        Error::Io { source, .. } => io_kind(source),
+        Error::Store(error) => return admin_error(error.clone()),
+        Error::Draining => "shutting_down",
+    };
+    raise(kind, &error)
+}
+
+#[allow(clippy::needless_pass_by_value)] // as map_err gives it
+pub(crate) fn admin_error(error: AdminError) -> PyErr {
+    let kind = match error {
+        AdminError::NoSuchVm => "not_found",
+        _ => "invalid",
+    };
+    raise(kind, &error)
+}
+
+#[allow(clippy::needless_pass_by_value)] // as map_err gives it
+pub(crate) fn open_error(error: OpenError) -> PyErr {
+    let kind = match &error {
+        OpenError::Io { source, .. } => io_kind(source),
+        OpenError::InUse { .. } => "in_use",
+        OpenError::Unusable { .. } => "unusable",
+        OpenError::Config(_) => "invalid",
+    };
+    raise(kind, &error)
+}
+
+fn seconds(s: f64) -> Duration {
+    Duration::try_from_secs_f64(s).unwrap_or(Duration::ZERO)
+}
+
+/// Upper bounds of the buckets of `Engine.latencies`, seconds; the last is infinite.
+#[pyfunction]
+pub(crate) fn latency_bounds() -> Vec<f64> {
+    (0..histogram::BUCKETS).map(histogram::upper_bound_s).collect()
+}
+
+/// Runs the store, the sessions and the listeners in native threads.
+#[pyclass(frozen, module = "tmem_native")]
+pub(crate) struct Engine {
+    engine: Arc<tmem_host::Engine>,
+    recovery: Recovery,
+}
+
+#[pymethods]
+impl Engine {
+    /// Open the arena (a file, or anonymous memory) and recover what is in it. No guest is served before `add_vm`.
+    #[new]
+    #[pyo3(signature = (*, capacity_bytes, arena=None, store_incompressible=true, socket_mode=0o660, socket_gid=None,
+        connections=16, in_flight_bytes=40 << 20, in_flight_bytes_total=256 << 20, pages_per_s=0, max_in_flight=64,
+        hello_timeout_s=10.0, frame_timeout_s=30.0, stall_timeout_s=30.0, keep_alive_s=0.0, busy_poll_us=50))]
+    #[allow(clippy::too_many_arguments)]
+    fn new(
+        py: Python<'_>,
+        capacity_bytes: u64,
+        arena: Option<PathBuf>,
+        store_incompressible: bool,
+        socket_mode: u32,
+        socket_gid: Option<u32>,
+        connections: usize,
+        in_flight_bytes: u64,
+        in_flight_bytes_total: u64,
+        pages_per_s: u64,
+        max_in_flight: u32,
+        hello_timeout_s: f64,
+        frame_timeout_s: f64,
+        stall_timeout_s: f64,
+        keep_alive_s: f64,
+        busy_poll_us: u64,
+    ) -> PyResult<Engine> {
+        let mut config = match arena {
+            Some(path) => StoreConfig::file(path, capacity_bytes),
+            None => StoreConfig::memfd(capacity_bytes),
+        };
+        if !store_incompressible {
+            config.incompressible = Incompressible::Refuse;
+        }
+        let limits = Limits {
+            connections,
+            in_flight_bytes,
+            in_flight_bytes_total,
+            pages_per_s,
+            max_in_flight,
+            hello_timeout: seconds(hello_timeout_s),
+            frame_timeout: seconds(frame_timeout_s),
+            stall_timeout: seconds(stall_timeout_s),
+            keep_alive: seconds(keep_alive_s),
+            busy_poll: Duration::from_micros(busy_poll_us),
+        };
+        let sockets = SocketOptions { mode: socket_mode, gid: socket_gid };
+        py.detach(|| {
+            let (store, recovery) = tmem_store::Store::open(&config).map_err(open_error)?;
+            let engine = tmem_host::Engine::new(Arc::new(store), limits, sockets).map_err(engine_error)?;
+            Ok(Engine { engine, recovery })
+        })
+    }
+
+    /// What was found in the arena.
+    #[getter]
+    fn recovery<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let found = &self.recovery;
+        let dict = PyDict::new(py);
+        dict.set_item("formatted", found.formatted)?;
+        dict.set_item("vms", found.vms)?;
+        dict.set_item("pools", found.pools)?;
+        dict.set_item("persistent_pages", found.persistent_pages)?;
+        dict.set_item("ephemeral_pages", found.ephemeral_pages)?;
+        dict.set_item("reclaimed_slots", found.reclaimed_slots)?;
+        dict.set_item("elapsed_us", found.elapsed_us)?;
+        Ok(dict)
+    }
+
+    /// Register a VM and open its sockets.
+    #[pyo3(signature = (name, *, quota_bytes, min_bytes=0, weight=100, persistent_max_bytes=None, cid=None,
+        hybrid_socket=None, vhost_user_socket=None, guest_cid=None))]
+    #[allow(clippy::too_many_arguments)]
+    fn add_vm(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        quota_bytes: u64,
+        min_bytes: u64,
+        weight: u32,
+        persistent_max_bytes: Option<u64>,
+        cid: Option<u32>,
+        hybrid_socket: Option<PathBuf>,
+        vhost_user_socket: Option<PathBuf>,
+        guest_cid: Option<u32>,
+    ) -> PyResult<()> {
+        let spec = VmSpec { cid, hybrid_socket, vhost_user_socket, guest_cid };
+        let limits = limits(quota_bytes, min_bytes, weight, persistent_max_bytes);
+        py.detach(|| self.engine.add_vm(name, &spec, &limits)).map_err(engine_error)?;
+        Ok(())
+    }
+
+    /// Unregister a VM, destroy and scrub its pools; returns how many pages they held.
+    fn remove_vm(&self, py: Python<'_>, name: &str) -> PyResult<u64> {
+        py.detach(|| self.engine.remove_vm(name)).map_err(engine_error)
+    }
+
+    /// Destroy what the arena holds of a VM that is not registered; returns how many pages that was.
+    fn forget_vm(&self, py: Python<'_>, name: &str) -> PyResult<u64> {
+        let store = self.engine.store();
+        py.detach(|| store.find_vm(name).map_or(Ok(0), |vm| store.remove_vm(vm))).map_err(admin_error)
+    }
+
+    /// Names of the registered VMs, sorted.
+    fn vms(&self) -> Vec<String> {
+        self.engine.vms().iter().map(|vm| vm.name.clone()).collect()
+    }
+
+    /// Names of the VMs that the arena holds something of, registered or not.
+    fn stored_vms(&self) -> Vec<String> {
+        self.engine.store().vms().into_iter().map(|(_, name)| name).collect()
+    }
+
+    /// Change a VM's limits.
+    #[pyo3(signature = (name, *, quota_bytes, min_bytes, weight, persistent_max_bytes=None))]
+    fn set_limits(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        quota_bytes: u64,
+        min_bytes: u64,
+        weight: u32,
+        persistent_max_bytes: Option<u64>,
+    ) -> PyResult<()> {
+        let limits = limits(quota_bytes, min_bytes, weight, persistent_max_bytes);
+        py.detach(|| self.engine.set_limits(name, &limits)).map_err(engine_error)
+    }
+
+    /// Freeze or thaw a VM.
+    fn set_frozen(&self, py: Python<'_>, name: &str, frozen: bool) -> PyResult<()> {
+        py.detach(|| self.engine.set_frozen(name, frozen)).map_err(engine_error)
+    }
+
+    /// A VM's limits and counters.
+    fn vm<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyDict>> {
+        let vm = self.engine.vm(name).map_err(engine_error)?;
+        vm_dict(py, &self.engine, &vm)
+    }
+
+    /// A VM's pools.
+    fn pools<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyList>> {
+        let vm = self.engine.vm(name).map_err(engine_error)?;
+        let list = PyList::empty(py);
+        for pool in self.engine.store().pool_stats(vm.id) {
+            let dict = PyDict::new(py);
+            dict.set_item("id", pool.id.0)?;
+            dict.set_item("vm", name)?;
+            dict.set_item("name", &pool.name)?;
+            let persistent = pool.kind == PoolKind::Persistent;
+            dict.set_item("kind", if persistent { "persistent" } else { "ephemeral" })?;
+            dict.set_item("exclusive", pool.kind == PoolKind::Ephemeral { exclusive: true })?;
+            dict.set_item("shared", pool.shared.map(hex))?;
+            dict.set_item("pages", pool.pages)?;
+            dict.set_item("stored_bytes", pool.bytes)?;
+            dict.set_item("puts_accepted", pool.counters.puts_accepted)?;
+            dict.set_item("puts_refused", pool.counters.puts_refused)?;
+            dict.set_item("gets_hit", pool.counters.gets_hit)?;
+            dict.set_item("gets_missed", pool.counters.gets_missed)?;
+            dict.set_item("pages_flushed", pool.counters.pages_flushed)?;
+            dict.set_item("pages_evicted", pool.counters.pages_evicted)?;
+            list.append(dict)?;
+        }
+        Ok(list)
+    }
+
+    /// Destroy a pool; returns how many pages it held.
+    fn destroy_pool(&self, py: Python<'_>, name: &str, pool: u32) -> PyResult<u64> {
+        let vm = self.engine.vm(name).map_err(engine_error)?;
+        py.detach(|| self.engine.store().destroy_pool(vm.id, PoolId(pool))).map_err(|error| match error {
+            PoolError::NoSuchPool => raise("not_found", &format!("VM '{name}' has no pool {pool}")),
+            other => raise("invalid", &other),
+        })
+    }
+
+    /// Drop a VM's ephemeral pages; returns how many.
+    fn flush_ephemeral(&self, py: Python<'_>, name: &str) -> PyResult<u64> {
+        let vm = self.engine.vm(name).map_err(engine_error)?;
+        Ok(py.detach(|| self.engine.store().flush_ephemeral(vm.id)))
+    }
+
+    /// Ask a VM's guest to take persistent pages back; returns how many control sessions were told.
+    fn reclaim(&self, py: Python<'_>, name: &str, pages: u64) -> PyResult<usize> {
+        py.detach(|| self.engine.notify(name, Notice::Reclaim { pages })).map_err(engine_error)
+    }
+
+    /// Allow a VM to join a shared pool.
+    fn grant_shared(&self, py: Python<'_>, uuid: [u8; 16], name: &str) -> PyResult<()> {
+        let vm = self.engine.vm(name).map_err(engine_error)?;
+        py.detach(|| self.engine.store().grant_shared(uuid, vm.id)).map_err(admin_error)
+    }
+
+    /// Forbid a VM to join a shared pool.
+    fn revoke_shared(&self, py: Python<'_>, uuid: [u8; 16], name: &str) -> PyResult<()> {
+        let vm = self.engine.vm(name).map_err(engine_error)?;
+        py.detach(|| self.engine.store().revoke_shared(uuid, vm.id));
+        Ok(())
+    }
+
+    /// The whole store's figures.
+    fn usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let usage = self.engine.store().usage();
+        let dict = PyDict::new(py);
+        dict.set_item("capacity_bytes", usage.capacity_bytes)?;
+        dict.set_item("backed_bytes", usage.backed_bytes)?;
+        dict.set_item("used_bytes", usage.used_bytes)?;
+        dict.set_item("payload_bytes", usage.payload_bytes)?;
+        dict.set_item("metadata_bytes", usage.metadata_bytes)?;
+        dict.set_item("pages", usage.pages)?;
+        dict.set_item("raw_bytes", usage.raw_bytes)?;
+        dict.set_item("same_filled_pages", usage.same_filled_pages)?;
+        dict.set_item("raw_pages", usage.raw_pages)?;
+        dict.set_item("pages_evicted", usage.pages_evicted)?;
+        dict.set_item("pages_moved", usage.pages_moved)?;
+        dict.set_item("pages_lost", usage.pages_lost)?;
+        dict.set_item("connections", self.engine.connections())?;
+        dict.set_item("in_flight_bytes", self.engine.in_flight_bytes())?;
+        Ok(dict)
+    }
+
+    /// Change how much memory may be lent; returns what it is then.
+    fn set_capacity(&self, py: Python<'_>, capacity_bytes: u64) -> PyResult<u64> {
+        py.detach(|| self.engine.store().set_capacity(capacity_bytes)).map_err(admin_error)
+    }
+
+    /// Give memory back to the host; returns how much it was.
+    fn free_memory(&self, py: Python<'_>, size_bytes: u64) -> u64 {
+        py.detach(|| self.engine.store().free_memory(size_bytes))
+    }
+
+    /// Listen on AF_VSOCK; the peer's CID names the VM.
+    fn listen_vsock(&self, port: u32) -> PyResult<()> {
+        self.engine.listen_vsock(port).map_err(engine_error)
+    }
+
+    /// Stop accepting, tell the guests, answer what is in flight, close. Returns whether that was done in time.
+    fn drain(&self, py: Python<'_>, patience_s: f64) -> bool {
+        py.detach(|| self.engine.drain(seconds(patience_s)))
+    }
+
+    /// Latencies of a VM's pages by operation: counts by bucket and their sum in seconds.
+    fn latencies<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyDict>> {
+        let vm = self.engine.vm(name).map_err(engine_error)?;
+        let dict = PyDict::new(py);
+        for (operation, latency) in [("get", &vm.get_latency), ("put", &vm.put_latency)] {
+            let snapshot = latency.snapshot();
+            dict.set_item(operation, (snapshot.counts.to_vec(), snapshot.sum_ns as f64 * 1e-9))?;
+        }
+        Ok(dict)
+    }
+}
+
+fn limits(quota_bytes: u64, min_bytes: u64, weight: u32, persistent_max_bytes: Option<u64>) -> VmLimits {
+    let persistent_max_bytes = persistent_max_bytes.unwrap_or(u64::MAX);
+    VmLimits { quota_bytes, min_bytes, weight, persistent_max_bytes }
+}
+
+fn hex(bytes: [u8; 16]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(32), |mut text, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+fn vm_dict<'py>(py: Python<'py>, engine: &tmem_host::Engine, vm: &Vm) -> PyResult<Bound<'py, PyDict>> {
+    let stats =
+        engine.store().vm_stats(vm.id).ok_or_else(|| engine_error(Error::NoSuchVm(vm.name.clone())))?;
+    let dict = PyDict::new(py);
+    dict.set_item("name", &vm.name)?;
+    dict.set_item("quota_bytes", stats.limits.quota_bytes)?;
+    dict.set_item("min_bytes", stats.limits.min_bytes)?;
+    dict.set_item("weight", stats.limits.weight)?;
+    dict.set_item("frozen", stats.frozen)?;
+    dict.set_item("stored_bytes", stats.used_bytes)?;
+    dict.set_item("raw_bytes", stats.raw_bytes)?;
+    dict.set_item("ephemeral_pages", stats.ephemeral_pages)?;
+    dict.set_item("persistent_pages", stats.persistent_pages)?;
+    dict.set_item("persistent_bytes", stats.persistent_bytes)?;
+    dict.set_item("puts_accepted", stats.puts_accepted)?;
+    dict.set_item("puts_refused", stats.puts_refused)?;
+    dict.set_item("gets_hit", stats.gets_hit)?;
+    dict.set_item("gets_missed", stats.gets_missed)?;
+    dict.set_item("pages_flushed", stats.pages_flushed)?;
+    dict.set_item("pages_evicted", stats.pages_evicted)?;
+    let counters = &vm.counters;
+    dict.set_item("connections", vm.connections())?;
+    dict.set_item("connections_opened", counters.connections.load(Ordering::Relaxed))?;
+    dict.set_item("connections_refused", counters.connections_refused.load(Ordering::Relaxed))?;
+    dict.set_item("protocol_errors", counters.protocol_errors.load(Ordering::Relaxed))?;
+    dict.set_item("timeouts", counters.timeouts.load(Ordering::Relaxed))?;
+    dict.set_item("throttled", counters.throttled.load(Ordering::Relaxed))?;
+    let frames = PyDict::new(py);
+    for (op, count) in counters.frames() {
+        frames.set_item(format!("{op:?}"), count)?;
+    }
+    dict.set_item("frames", frames)?;
+    dict.set_item("boot_id", vm.boot_id().map(hex))?;
+    dict.set_item("report", vm.report().map(|(report, age)| report_dict(py, &report, age)).transpose()?)?;
+    Ok(dict)
+}
+
+fn report_dict<'py>(
+    py: Python<'py>,
+    report: &tmem_wire::Report,
+    age: Duration,
+) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("age_s", age.as_secs_f64())?;
+    dict.set_item("psi_some_avg10", f64::from(report.psi_some_avg10.get()) / 100.0)?;
+    dict.set_item("psi_full_avg10", f64::from(report.psi_full_avg10.get()) / 100.0)?;
+    for (field, value) in [
+        ("mem_total_bytes", report.mem_total_bytes),
+        ("mem_available_bytes", report.mem_available_bytes),
+        ("swap_total_bytes", report.swap_total_bytes),
+        ("swap_free_bytes", report.swap_free_bytes),
+        ("swap_in_pages", report.swap_in_pages),
+        ("swap_out_pages", report.swap_out_pages),
+        ("shim_host_pages", report.shim_host_pages),
+        ("shim_file_pages", report.shim_file_pages),
+        ("cache_hit_pages", report.cache_hit_pages),
+        ("cache_miss_pages", report.cache_miss_pages),
+    ] {
+        dict.set_item(field, value.get())?;
+    }
+    Ok(dict)
+}
