@@ -1,12 +1,171 @@
 //! `tmem-guest swap`: the block device the kernel swaps to.
+//!
+//! Every page is absent, at the host, or in the swap file. Pages are put to the host first; what it refuses goes to
+//! the swap file. `docs/swap.md` is the operator's view.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`table`] | where every page is, four bytes each |
+//! | [`shared`] | the memory that holds table and counters and outlives the serving process |
+//! | [`core`] | the state machine of a lane: what to do with a request, an answer, a lost connection |
+//! | [`page`] | one page into and out of a frame |
+//! | `lane` | a lane's thread: its io_uring, its connection, its front end |
+//! | `ring`, `host`, `front` | what a lane is made of: ring and buffers, the host's end, ublk or NBD |
+//! | `connector` | connects lanes, again and again |
+//! | [`file`] | the swap file, made safe to write to without memory |
+//! | [`protect`] | memory locking and the other protections |
+//! | `control` | the local control socket |
+//! | `service` | the serving process |
+
+mod connector;
+mod control;
+pub mod core;
+pub mod file;
+mod front;
+mod host;
+mod lane;
+pub mod page;
+pub mod protect;
+mod ring;
+mod service;
+pub mod shared;
+pub mod table;
 
 use std::error::Error;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use tmem_wire::PAGE_BYTES;
+
+use crate::link::Endpoint;
+
+/// How the device reaches the kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Device {
+    /// ublk where the kernel has it, NBD otherwise.
+    Auto,
+    /// A ublk device.
+    Ublk,
+    /// An NBD device of this guest's kernel.
+    Nbd,
+    /// No device: an NBD server on a unix socket.
+    Serve(PathBuf),
+}
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Device, String> {
+        match text.split_once(':') {
+            None if text == "auto" => Ok(Device::Auto),
+            None if text == "ublk" => Ok(Device::Ublk),
+            None if text == "nbd" => Ok(Device::Nbd),
+            Some(("serve", path)) if path.starts_with('/') => Ok(Device::Serve(path.into())),
+            _ => Err(format!("{text:?} is none of auto, ublk, nbd, serve:/path")),
+        }
+    }
+}
+
+/// Read a size in bytes with an optional suffix K, M, G or T (powers of 1024) as a number of pages.
+fn pages(text: &str) -> Result<u32, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match &text[digits.len()..] {
+        "" => 0,
+        "K" | "k" => 10,
+        "M" | "m" => 20,
+        "G" | "g" => 30,
+        "T" | "t" => 40,
+        suffix => return Err(format!("unknown suffix {suffix:?}; use K, M, G or T")),
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is no size, like 512M"))?;
+    let bytes = number.checked_mul(1 << shift).ok_or("too large")?;
+    let pages = bytes / PAGE_BYTES as u64;
+    u32::try_from(pages).ok().filter(|pages| *pages >= 16).ok_or_else(|| "between 64K and 16T".to_owned())
+}
 
 /// Options of `tmem-guest swap`.
 #[derive(Debug, clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// The swap file (or block device) for pages the host refuses; made if it does not exist.
+    #[arg(long)]
+    file: PathBuf,
+    /// Size of the device, with suffix K, M, G or T.
+    #[arg(long = "size", value_parser = pages)]
+    pages: u32,
+    /// Where tmemd listens: vsock:CID:PORT or unix:/path.
+    #[arg(long, default_value = "vsock:2:29805")]
+    endpoint: Endpoint,
+    /// auto, ublk, nbd, or serve:/path for an NBD server on a unix socket.
+    #[arg(long, default_value = "auto")]
+    device: Device,
+    /// Queues of the device, each with a thread and a connection of its own.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    queues: u16,
+    /// Requests a queue holds at a time; each has a buffer of 64 KiB.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=256))]
+    depth: u16,
+    /// Where the agent asks for status and reclaim.
+    #[arg(long, default_value = "/run/tmem/swap.sock")]
+    control: PathBuf,
+    /// Name of the pool at the host; one for each device.
+    #[arg(long, default_value = "swap0")]
+    pool_name: String,
+    /// Refuse to run without memory locking, I/O flusher and OOM exemption, instead of warning.
+    #[arg(long)]
+    require_protection: bool,
+    /// Compress pages before they cross the link.
+    #[arg(long)]
+    compress: bool,
+    /// Take pages from the host as it keeps them, compressed.
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
+    accept_lz4: bool,
+    /// Most pages a second that reclaim moves to the swap file.
+    #[arg(long, default_value_t = 4096)]
+    reclaim_rate: u32,
+    /// Seconds after which a host that does not answer counts as gone.
+    #[arg(long, default_value_t = 10)]
+    answer_timeout_s: u32,
+    /// Do not split writes on vsock; for hosts with /dev/vhost-vsock or tmemd's own device.
+    #[arg(long)]
+    unsplit: bool,
+}
+
+impl Args {
+    fn endpoint(&self) -> Endpoint {
+        if self.unsplit { self.endpoint.clone().unsplit() } else { self.endpoint.clone() }
+    }
+}
+
+/// Say that the device can be used.
+fn ready(device: &str) {
+    log::info!("{device} is ready");
+    println!("{device}");
+}
 
 /// Serve the device until it is taken away.
-pub fn run(_args: Args) -> Result<(), Box<dyn Error>> {
-    Err("the swap shim is not part of this build".into())
+pub fn run(args: Args) -> Result<(), Box<dyn Error>> {
+    let missing = protect::protect(args.require_protection)?;
+    let file = file::prepare(&args.file, args.pages)?;
+    let shared = shared::Shared::map(args.pages)?;
+    service::Service::new(&args, shared, file, missing)?.run()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read() {
+        assert_eq!(pages("512M"), Ok(131_072));
+        assert_eq!(pages("65536"), Ok(16));
+        for bad in ["", "M", "-1M", "1X", "4K", "99999999T", "17T"] {
+            assert!(pages(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn devices_are_read() {
+        assert_eq!("serve:/a".parse(), Ok(Device::Serve("/a".into())));
+        assert!("serve:a".parse::<Device>().is_err() && "loop".parse::<Device>().is_err());
+    }
 }

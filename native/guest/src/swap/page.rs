@@ -1,0 +1,118 @@
+//! One page between the kernel's buffer and a frame.
+
+use tmem_wire::pages::{GotPage, PutWriter};
+use tmem_wire::{Encoding, Key, PAGE_BYTES};
+use xxhash_rust::xxh3::xxh3_64;
+
+/// The checksum of a page, as it travels in frames and, in part, stands in the page table.
+pub fn checksum(page: &[u8]) -> u32 {
+    xxh3_64(page) as u32
+}
+
+/// The word that fills the page, if one does.
+fn same_filled(page: &[u8]) -> Option<[u8; 8]> {
+    let (first, rest) = page.split_first_chunk::<8>()?;
+    (*rest == page[..page.len() - 8]).then_some(*first)
+}
+
+/// Appends pages to PUT frames in the form that costs the link least.
+pub struct Encoder {
+    /// Space for a compressed page, if pages are to be compressed.
+    compressed: Option<Box<([u8; PAGE_BYTES], lz4_flex::block::CompressTable)>>,
+}
+
+impl Encoder {
+    /// `compress`: spend the guest's time to save bytes on the link.
+    pub fn new(compress: bool) -> Encoder {
+        let space = || Box::new(([0; PAGE_BYTES], lz4_flex::block::CompressTable::small()));
+        Encoder { compressed: compress.then(space) }
+    }
+
+    /// Append a page.
+    pub fn put(&mut self, writer: &mut PutWriter<'_>, key: &Key, page: &[u8], checksum: u32) {
+        if let Some(word) = same_filled(page) {
+            return writer.page(key, Encoding::SameFilled, &word, checksum);
+        }
+        if let Some((space, table)) = self.compressed.as_deref_mut() {
+            // A page that needs more than three quarters is not worth decompressing.
+            let worth = &mut space[..PAGE_BYTES * 3 / 4];
+            if let Ok(bytes) = lz4_flex::block::compress_into_with_table(page, worth, table) {
+                return writer.page(key, Encoding::Lz4, &worth[..bytes], checksum);
+            }
+        }
+        writer.page(key, Encoding::Raw, page, checksum);
+    }
+}
+
+/// Write a page that the host sent to `to`; returns its checksum, or `None` if it does not decode.
+pub fn decode(got: &GotPage<'_>, to: &mut [u8]) -> Option<u32> {
+    match got.encoding {
+        Encoding::None => return None,
+        Encoding::Raw => to.copy_from_slice(got.payload),
+        Encoding::SameFilled => to.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(got.payload)),
+        Encoding::Lz4 => {
+            let bytes = lz4_flex::block::decompress_into(got.payload, to).ok()?;
+            if bytes != PAGE_BYTES {
+                return None;
+            }
+        }
+    }
+    let sum = checksum(to);
+    (got.checksum.is_none_or(|sent| sent == sum)).then_some(sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tmem_wire::{pages, Header, HEADER_BYTES};
+
+    fn through(page: &[u8], compress: bool) -> (Encoding, Vec<u8>) {
+        let mut frame = Vec::new();
+        let mut writer = PutWriter::begin(&mut frame, 1, 2, 1, true);
+        let key = Key { object: [0; 16], index: 3 };
+        Encoder::new(compress).put(&mut writer, &key, page, checksum(page));
+        writer.end();
+        let header = Header::decode(frame[..HEADER_BYTES].try_into().unwrap()).unwrap();
+        let put = pages::decode_put(&header, &frame[HEADER_BYTES..]).unwrap().next().unwrap();
+        let got = GotPage {
+            status: tmem_wire::GetStatus::Hit,
+            encoding: put.encoding,
+            payload: put.payload,
+            checksum: put.checksum,
+        };
+        let mut out = vec![0; PAGE_BYTES];
+        assert_eq!(decode(&got, &mut out), Some(checksum(page)));
+        (put.encoding, out)
+    }
+
+    #[test]
+    fn pages_come_back_however_they_travel() {
+        let noise: Vec<u8> = (0..PAGE_BYTES as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+        let text: Vec<u8> = b"swap me out ".iter().copied().cycle().take(PAGE_BYTES).collect();
+        let word = [7; PAGE_BYTES];
+        for (page, compress, encoding) in [
+            (&noise[..], true, Encoding::Raw),
+            (&text, true, Encoding::Lz4),
+            (&text, false, Encoding::Raw),
+            (&word, false, Encoding::SameFilled),
+        ] {
+            assert_eq!(through(page, compress), (encoding, page.to_vec()));
+        }
+    }
+
+    #[test]
+    fn damage_is_noticed() {
+        let page = [9; PAGE_BYTES];
+        let mut got = GotPage {
+            status: tmem_wire::GetStatus::Hit,
+            encoding: Encoding::Raw,
+            payload: &page,
+            checksum: Some(checksum(&page) ^ 1),
+        };
+        let mut out = vec![0; PAGE_BYTES];
+        assert_eq!(decode(&got, &mut out), None);
+        got.encoding = Encoding::Lz4;
+        got.payload = &[0xff; 40];
+        assert_eq!(decode(&got, &mut out), None);
+    }
+}

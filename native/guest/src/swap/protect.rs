@@ -1,0 +1,102 @@
+//! What keeps the shim alive and moving while the guest has no free memory, and whether it could be had.
+
+use std::io;
+
+// From linux/prctl.h; the libc crate does not have them.
+const PR_SET_IO_FLUSHER: libc::c_int = 57;
+const PR_GET_IO_FLUSHER: libc::c_int = 58;
+
+/// A protection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protection {
+    /// `mlockall`: no page of this process is ever swapped out, to itself of all places.
+    Locked,
+    /// `PR_SET_IO_FLUSHER`: allocations made on its behalf in the kernel never wait for writes it would have to do.
+    IoFlusher,
+    /// OOM score −1000: the OOM killer takes somebody else.
+    OomExempt,
+}
+
+impl Protection {
+    /// All of them.
+    pub const ALL: [Protection; 3] = [Protection::Locked, Protection::IoFlusher, Protection::OomExempt];
+
+    /// Its name in the status.
+    pub fn name(self) -> &'static str {
+        match self {
+            Protection::Locked => "mlockall",
+            Protection::IoFlusher => "io_flusher",
+            Protection::OomExempt => "oom_exempt",
+        }
+    }
+
+    fn hint(self) -> &'static str {
+        match self {
+            Protection::Locked => "run as root, or raise RLIMIT_MEMLOCK (LimitMEMLOCK=infinity)",
+            Protection::IoFlusher => "run as root (CAP_SYS_RESOURCE) on Linux 5.6 or later",
+            Protection::OomExempt => "run as root, or set OOMScoreAdjust=-1000",
+        }
+    }
+
+    fn take(self) -> io::Result<()> {
+        match self {
+            // SAFETY: names no memory.
+            Protection::Locked => check(unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) }),
+            Protection::IoFlusher => set_io_flusher(),
+            Protection::OomExempt => std::fs::write("/proc/self/oom_score_adj", "-1000"),
+        }
+    }
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// For the calling thread, and for every thread and process it starts.
+fn set_io_flusher() -> io::Result<()> {
+    // SAFETY: names no memory.
+    check(unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) })
+}
+
+/// Whether the calling thread is an I/O flusher.
+pub fn is_io_flusher() -> bool {
+    // SAFETY: names no memory.
+    unsafe { libc::prctl(PR_GET_IO_FLUSHER, 0, 0, 0, 0) == 1 }
+}
+
+/// Take every protection for this process; to be called before it starts a thread. Returns those that could not be
+/// had. With `required`, a missing one is an error.
+pub fn protect(required: bool) -> Result<Vec<Protection>, io::Error> {
+    small_heap();
+    let mut missing = Vec::new();
+    for protection in Protection::ALL {
+        if let Err(error) = protection.take() {
+            let message = format!("no {}: {error}; {}", protection.name(), protection.hint());
+            if required {
+                return Err(io::Error::new(error.kind(), message));
+            }
+            log::warn!("UNPROTECTED: {message}. Under memory pressure the guest may hang");
+            missing.push(protection);
+        }
+    }
+    Ok(missing)
+}
+
+/// One heap for all threads: a heap each would be locked into memory for nothing.
+fn small_heap() {
+    // SAFETY: called before there are other threads; both settings are plain numbers.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_TOP_PAD, 16 * 1024);
+    }
+}
+
+/// Resident memory of this process, in bytes.
+pub fn rss_bytes() -> u64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages: u64 = statm.split(' ').nth(1).and_then(|pages| pages.parse().ok()).unwrap_or(0);
+    pages * rustix::param::page_size() as u64
+}

@@ -1,0 +1,174 @@
+//! The serving process: lanes, connector and control socket around one device.
+
+use std::error::Error;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use tmem_wire::PAGE_BYTES;
+
+use super::connector::{Bell, Connector};
+use super::control::{listen, Control};
+use super::core::Options;
+use super::front::nbd::{handshake, Nbd};
+use super::front::Front;
+use super::lane::{Lane, Post, Setup};
+use super::protect::{is_io_flusher, Protection};
+use super::shared::Shared;
+use super::{Args, Device};
+
+/// Threads need little; whatever they have is locked into memory.
+const STACK_BYTES: usize = 96 * 1024;
+
+/// What the parts of the serving process share.
+pub(super) struct Service<'a> {
+    pub(super) args: &'a Args,
+    pub(super) shared: Shared,
+    pub(super) file: File,
+    pub(super) missing: Vec<Protection>,
+    posts: Vec<Arc<Post>>,
+    bell: Arc<Bell>,
+}
+
+impl<'a> Service<'a> {
+    pub(super) fn new(
+        args: &'a Args,
+        shared: Shared,
+        file: File,
+        missing: Vec<Protection>,
+    ) -> io::Result<Service<'a>> {
+        let posts = (0..args.queues).map(|_| Post::new()).collect::<io::Result<_>>()?;
+        Ok(Service { args, shared, file, missing, posts, bell: Arc::default() })
+    }
+
+    /// Start the connector and the control socket.
+    pub(super) fn start(&self, device: String) -> io::Result<()> {
+        let connector = Connector {
+            shared: self.shared,
+            endpoint: self.args.endpoint(),
+            pool_name: self.args.pool_name.clone(),
+            posts: self.posts.clone(),
+            bell: self.bell.clone(),
+        };
+        spawn("connector", &self.missing, move || connector.run())?;
+        let control = Control {
+            shared: self.shared,
+            posts: self.posts.clone(),
+            device,
+            missing: self.missing.clone(),
+            endpoint: self.args.endpoint.to_string(),
+        };
+        let listener = listen(&self.args.control)?;
+        spawn("control", &self.missing, move || control.run(&listener))?;
+        Ok(())
+    }
+
+    fn setup(&self, number: usize) -> Setup {
+        let bell = self.bell.clone();
+        Setup {
+            shared: self.shared,
+            number,
+            depth: self.args.depth.into(),
+            options: Options {
+                compress: self.args.compress,
+                accept_lz4: self.args.accept_lz4,
+                reclaim_pages_per_s: self.args.reclaim_rate,
+            },
+            patience: Duration::from_secs(self.args.answer_timeout_s.max(1).into()),
+            file: self.file.as_raw_fd(),
+            post: self.posts[number].clone(),
+            connector: Arc::new(move || bell.ring()),
+        }
+    }
+
+    /// Start a lane with this front end.
+    pub(super) fn lane<F: Front + Send + 'static>(
+        &self,
+        number: usize,
+        front: impl FnOnce() -> io::Result<F> + Send + 'static,
+    ) -> io::Result<JoinHandle<()>> {
+        let setup = self.setup(number);
+        spawn(&format!("lane{number}"), &self.missing, move || {
+            let served = front().and_then(|front| Lane::new(setup, front)).and_then(Lane::run);
+            if let Err(error) = served {
+                // The kernel would wait for this lane for ever; a new process can take its place.
+                log::error!("lane {number} failed: {error}");
+                std::process::exit(1);
+            }
+        })
+    }
+
+    /// Be an NBD server on a unix socket, for clients other than this guest's kernel.
+    pub(super) fn serve_socket(&self, path: &Path) -> Result<(), Box<dyn Error>> {
+        let _ = std::fs::remove_file(path);
+        let listener = Arc::new(UnixListener::bind(path)?);
+        self.start(format!("nbd:{}", path.display()))?;
+        super::ready(&format!("nbd:{}", path.display()));
+        let mut lanes = Vec::new();
+        for number in 0..self.posts.len() {
+            let (listener, post, bell) = (listener.clone(), self.posts[number].clone(), self.bell.clone());
+            let bytes = u64::from(self.shared.table.pages()) * PAGE_BYTES as u64;
+            let (shared, args_depth) = (self.shared, usize::from(self.args.depth));
+            let template = self.setup(number);
+            lanes.push(spawn(&format!("lane{number}"), &self.missing, move || loop {
+                let Ok((mut client, _)) = listener.accept() else { return };
+                if let Err(error) = handshake::serve(&mut client, bytes) {
+                    log::warn!("nbd: no handshake: {error}");
+                    continue;
+                }
+                let setup = Setup {
+                    shared,
+                    number,
+                    depth: args_depth,
+                    options: template.options,
+                    patience: template.patience,
+                    file: template.file,
+                    post: post.clone(),
+                    connector: template.connector.clone(),
+                };
+                post.wants_connection.store(true, std::sync::atomic::Ordering::Release);
+                bell.ring();
+                let front = Nbd::new(OwnedFd::from(client), args_depth);
+                if let Err(error) = Lane::new(setup, front).and_then(Lane::run) {
+                    log::error!("lane {number} failed: {error}");
+                }
+            })?);
+        }
+        for lane in lanes {
+            if lane.join().is_err() {
+                return Err("a lane panicked".into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Serve the device that was asked for until it is gone.
+    pub(super) fn run(&self) -> Result<(), Box<dyn Error>> {
+        match &self.args.device {
+            Device::Serve(path) => self.serve_socket(path),
+            Device::Auto | Device::Ublk | Device::Nbd => Err("not yet".into()),
+        }
+    }
+}
+
+/// Start a thread with a small stack that has what threads of this process must have.
+fn spawn(
+    name: &str,
+    missing: &[Protection],
+    work: impl FnOnce() + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
+    let must = !missing.contains(&Protection::IoFlusher);
+    thread::Builder::new().name(name.to_owned()).stack_size(STACK_BYTES).spawn(move || {
+        // Inherited from the thread that started this one; checked because everything depends on it.
+        if must && !is_io_flusher() {
+            log::error!("a thread is not an I/O flusher although its process is");
+            std::process::exit(1);
+        }
+        work();
+    })
+}
