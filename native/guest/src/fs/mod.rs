@@ -1,12 +1,107 @@
 //! `tmem-guest fs`: the FUSE pass-through whose page cache misses are answered from tmem.
+//!
+//! ```text
+//!  application ── page cache of the mount ──miss──► READ ─► tmem (one batch) ──miss──► lower directory (direct I/O)
+//!                                                             ▲                              │
+//!                                                             └──── put, in the background ◄─┘
+//! ```
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`device`], [`abi`] | the kernel's side: mount, INIT, requests, answers, notifications |
+//! | [`worker`] | the threads that serve requests |
+//! | [`tree`], [`attr`], [`dir`], [`file`], [`xattr`], [`ioctl`] | the operations, by what they are about |
+//! | [`inode`], [`handle`], [`caller`] | files the kernel knows, open files, acting as the caller |
+//! | [`read`], [`buffer`] | a page cache miss, from request to background put |
+//! | [`content`], [`version`] | which version of a file is cached where, and when to believe it |
+//! | [`cache`], [`put`], [`presence`] | pages in tmem: gets, background puts, what is worth asking for |
+//! | [`lower`] | the directory that is shown: opening it, what its file system can do |
+//! | [`status`], [`counters`] | what happened so far, for operators |
+//!
+//! docs/file-cache.md has the argument why no reader ever sees stale data.
 
-use std::error::Error;
+mod abi;
+mod attr;
+mod buffer;
+mod cache;
+mod caller;
+mod content;
+mod counters;
+mod device;
+mod dir;
+mod file;
+mod handle;
+mod inode;
+mod ioctl;
+mod lower;
+mod presence;
+mod put;
+mod read;
+mod serve;
+mod status;
+mod tree;
+mod version;
+mod worker;
+mod xattr;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::link::Endpoint;
+
+pub use serve::{run, FsError};
 
 /// Options of `tmem-guest fs`.
-#[derive(Debug, clap::Args)]
-pub struct Args {}
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// The directory to show.
+    #[arg(long)]
+    lower: PathBuf,
+    /// Where to show it; may be the same directory.
+    #[arg(long)]
+    mount: PathBuf,
+    /// Where tmemd listens: vsock:CID:PORT or unix:/path. Files are served whether it is there or not.
+    #[arg(long, default_value = "vsock:2:29805")]
+    endpoint: Endpoint,
+    /// Do without tmem: a mere pass-through.
+    #[arg(long, conflicts_with = "endpoint")]
+    no_tmem: bool,
+    /// Name of the pool that holds this mount's pages [default: fs- and a hash of the lower directory].
+    #[arg(long)]
+    pool_name: Option<String>,
+    /// Threads that serve requests.
+    #[arg(long, default_value_t = 8)]
+    threads: usize,
+    /// How changes made in the lower directory behind the mount are met: ask it about every name and attribute
+    /// again (check), or trust that there are none (none).
+    #[arg(long, value_enum, default_value_t = Changes::Check)]
+    changes: Changes,
+    /// Where to tell counters, a unix socket [default: /run/tmem/fs-MOUNT.sock, escaped as systemd does].
+    #[arg(long)]
+    status_socket: Option<PathBuf>,
+    /// How many milliseconds a reader waits for tmemd before it reads the lower directory.
+    #[arg(long, default_value_t = 100)]
+    get_timeout_ms: u32,
+    /// Compress pages in the guest, to save bytes on the way to the host.
+    #[arg(long)]
+    compress: bool,
+    /// Cache files of any lower file system, also one whose change times cannot be relied on.
+    #[arg(long)]
+    trust_lower: bool,
+    /// How many seconds to wait, when told to end, for those who still use the mount.
+    #[arg(long, default_value_t = 5)]
+    linger_s: u32,
+}
 
-/// Mount and serve until unmounted.
-pub fn run(_args: Args) -> Result<(), Box<dyn Error>> {
-    Err("the file cache is not part of this build".into())
+/// See [`Args::changes`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Changes {
+    Check,
+    None,
+}
+
+impl Args {
+    fn get_timeout(&self) -> Duration {
+        Duration::from_millis(u64::from(self.get_timeout_ms.max(1)))
+    }
 }

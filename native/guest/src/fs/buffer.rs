@@ -1,0 +1,177 @@
+//! Page-aligned buffers, few and lent out: they bound the memory that reads and waiting puts may take.
+
+use std::sync::Arc;
+
+use parking_lot::{Condvar, Mutex};
+use tmem_wire::PAGE_BYTES;
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+
+use super::device::MAX_READ;
+
+/// Bytes of a small buffer: what a random read or a short read-ahead needs.
+const SMALL_BYTES: usize = 64 << 10;
+/// How many small buffers there may be, for four at a time is what a disk wants and the rest wait to be put.
+const SMALL: usize = 24;
+/// How many large buffers there may be.
+const LARGE: usize = 5;
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C, align(4096))]
+struct Page([u8; PAGE_BYTES]);
+
+struct Kind {
+    pages: usize,
+    most: usize,
+    made: usize,
+    idle: Vec<Box<[Page]>>,
+}
+
+impl Kind {
+    fn new(bytes: usize, most: usize) -> Kind {
+        Kind { pages: bytes / PAGE_BYTES, most, made: 0, idle: Vec::with_capacity(most) }
+    }
+
+    fn take(&mut self) -> Option<Box<[Page]>> {
+        if let Some(pages) = self.idle.pop() {
+            return Some(pages);
+        }
+        if self.made == self.most {
+            return None;
+        }
+        // Out of memory is like out of buffers: wait for one that exists. The first must come.
+        let pages = <[Page]>::new_box_zeroed_with_elems(self.pages).ok()?;
+        self.made += 1;
+        Some(pages)
+    }
+}
+
+/// All buffers.
+pub(crate) struct Buffers {
+    kinds: Mutex<[Kind; 2]>,
+    returned: Condvar,
+}
+
+impl Buffers {
+    /// Nothing is allocated yet.
+    pub(crate) fn new() -> Arc<Buffers> {
+        let kinds = [Kind::new(SMALL_BYTES, SMALL), Kind::new(MAX_READ, LARGE)];
+        Arc::new(Buffers { kinds: Mutex::new(kinds), returned: Condvar::new() })
+    }
+
+    /// A buffer of at least `bytes`, at most [`MAX_READ`]. If there is none, `steal` may free one that only waits
+    /// to be put; otherwise wait for another reader to finish.
+    pub(crate) fn take(self: &Arc<Buffers>, bytes: usize, steal: impl Fn(usize) -> bool) -> Buffer {
+        let kind = usize::from(bytes > SMALL_BYTES);
+        loop {
+            if let Some(pages) = self.kinds.lock()[kind].take() {
+                return Buffer { pages, kind, home: self.clone() };
+            }
+            if steal(kind) {
+                continue;
+            }
+            let mut kinds = self.kinds.lock();
+            if kinds[kind].idle.is_empty() {
+                self.returned.wait(&mut kinds);
+            }
+        }
+    }
+}
+
+/// A buffer on loan.
+pub(crate) struct Buffer {
+    pages: Box<[Page]>,
+    kind: usize,
+    home: Arc<Buffers>,
+}
+
+impl Buffer {
+    /// Which kind of buffer this is, as `steal` names it.
+    pub(crate) fn kind(&self) -> usize {
+        self.kind
+    }
+
+    /// Its bytes.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        self.pages.as_bytes()
+    }
+
+    /// Its bytes, to be written.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        self.pages.as_mut_bytes()
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let pages = std::mem::replace(&mut self.pages, Box::new([]));
+        self.home.kinds.lock()[self.kind].idle.push(pages);
+        self.home.returned.notify_all();
+    }
+}
+
+/// Which pages of a READ's window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct PageSet([u64; MAX_READ / PAGE_BYTES / 64]);
+
+impl PageSet {
+    /// Add a page.
+    pub(crate) fn insert(&mut self, page: usize) {
+        self.0[page / 64] |= 1 << (page % 64);
+    }
+
+    /// Whether a page is in it.
+    pub(crate) fn contains(&self, page: usize) -> bool {
+        self.0[page / 64] >> (page % 64) & 1 != 0
+    }
+
+    /// How many pages are in it.
+    pub(crate) fn len(&self) -> usize {
+        self.0.iter().map(|word| word.count_ones() as usize).sum()
+    }
+
+    /// The runs of pages below `pages` that are not in it, as first page and end.
+    pub(crate) fn gaps(&self, pages: usize) -> impl Iterator<Item = (usize, usize)> + '_ {
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            while at < pages && self.contains(at) {
+                at += 1;
+            }
+            let first = at;
+            while at < pages && !self.contains(at) {
+                at += 1;
+            }
+            (first < at).then_some((first, at))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gaps_are_what_is_missing() {
+        let mut set = PageSet::default();
+        assert_eq!(set.gaps(3).collect::<Vec<_>>(), [(0, 3)]);
+        for page in [0, 1, 5, 63, 64] {
+            set.insert(page);
+        }
+        assert_eq!(set.gaps(66).collect::<Vec<_>>(), [(2, 5), (6, 63), (65, 66)]);
+        assert_eq!(set.len(), 5);
+    }
+
+    #[test]
+    fn a_buffer_comes_back_and_may_be_stolen() {
+        let buffers = Buffers::new();
+        let mut held: Vec<_> = (0..LARGE).map(|_| buffers.take(MAX_READ, |_| false)).collect();
+        held[0].bytes_mut()[MAX_READ - 1] = 1;
+        assert_eq!(held[0].bytes().as_ptr() as usize % PAGE_BYTES, 0);
+        let held = Mutex::new(held);
+        let stolen = buffers.take(MAX_READ, |kind| {
+            assert_eq!(kind, 1);
+            held.lock().pop().is_some()
+        });
+        assert_eq!(stolen.bytes().len(), MAX_READ);
+        assert_eq!(held.lock().len(), LARGE - 1);
+    }
+}

@@ -1,0 +1,67 @@
+//! What the kernel's page cache and tmem may hold of a file, and what a change does to that.
+
+use rustix::io::Errno;
+
+use super::inode::Inode;
+use super::tree::{stat_fd, Tree};
+use super::version::Version;
+
+impl Tree {
+    /// Change a file through the mount, its content or what else moves its change time. The kernel's page cache
+    /// follows such a change by itself; the version it stands for moves on with it, unless somebody else changed
+    /// the file too.
+    pub(crate) fn change<T>(
+        &self,
+        inode: &Inode,
+        change: impl FnOnce() -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
+        if inode.kind != libc::S_IFREG {
+            return change();
+        }
+        let before = stat_fd(&inode.fd).ok().map(|stat| Version::of(&stat));
+        let object = {
+            let mut content = inode.content.lock();
+            if content.changes == 0 && content.cached != before {
+                content.cached = None;
+            }
+            content.changes += 1;
+            content.object.take()
+        };
+        let done = change();
+        let after = stat_fd(&inode.fd).ok().map(|stat| Version::of(&stat));
+        let mut content = inode.content.lock();
+        content.changes -= 1;
+        if content.changes == 0 && content.cached.is_some() {
+            content.cached = after.filter(|version| self.trusted(version));
+        }
+        drop(content);
+        // The old pages cannot be found any more; this only gives their memory back.
+        if let Some(object) = object {
+            self.cache.forget(object);
+        }
+        done
+    }
+
+    /// A file is being opened: may the kernel keep the pages it has of it?
+    pub(crate) fn may_keep(&self, inode: &Inode, now: &Version) -> bool {
+        let mut content = inode.content.lock();
+        if content.changes > 0 {
+            // Its own writers keep it up to date; whether others interfered shows once they are done.
+            return content.cached.is_some();
+        }
+        let keep = content.cached.as_ref() == Some(now);
+        content.cached = Some(*now).filter(|version| self.trusted(version));
+        keep
+    }
+
+    /// A file was created through the mount: the kernel has no pages of it yet.
+    pub(crate) fn note_created(&self, inode: &Inode, now: &Version) {
+        let mut content = inode.content.lock();
+        content.cached = Some(*now).filter(|version| self.trusted(version));
+    }
+
+    /// Whether no later change can hide behind this version.
+    fn trusted(&self, version: &Version) -> bool {
+        self.trust.versions || version.settled()
+    }
+}

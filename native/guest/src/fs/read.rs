@@ -1,0 +1,137 @@
+//! Reading: the kernel's page cache missed, so ask tmem, then the lower file system.
+//!
+//! The lower file system is read with direct I/O: no second copy stays in the guest's page cache, and, which matters
+//! more, a direct read waits for writers and writes dirty pages back first. So what it returns belongs to the
+//! version that the file's change time tells before and after it (docs/file-cache.md).
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::fs::{AtFlags, OFlags, Statx, StatxFlags};
+use rustix::io::Errno;
+use tmem_wire::PAGE_BYTES;
+
+use super::abi::ReadIn;
+use super::buffer::PageSet;
+use super::cache::Put;
+use super::counters::count;
+use super::device::MAX_READ;
+use super::handle::Handle;
+use super::tree::{stat_fd, Call, Done, Tree, STAT};
+use super::version::Version;
+
+/// With more separate gaps than this in one window, all of it from the first gap to the last is read in one go.
+const GAPS: usize = 3;
+
+impl Tree {
+    pub(crate) fn read(&self, call: &mut Call) -> Done {
+        let asked: ReadIn = call.args.take()?;
+        let handle = self.handles.get(asked.fh)?;
+        let size = (asked.size as usize).min(MAX_READ);
+        let mut buffer = self.buffers.take(size, |kind| self.cache.steal(kind));
+        let stat = rustix::fs::statx(&handle.fd, c"", AtFlags::EMPTY_PATH, STAT | StatxFlags::DIOALIGN)?;
+        let version = Version::of(&stat);
+        let whole = (asked.offset % PAGE_BYTES as u64) as usize == 0 && size % PAGE_BYTES == 0;
+        let direct = if whole && self.is_settled(&version) { self.direct(&handle, &stat) } else { None };
+        let Some(direct) = direct else {
+            let length = read_at(&handle.fd, &mut buffer.bytes_mut()[..size], asked.offset)?;
+            count(&self.cache.counters.bypass_pages, length.div_ceil(PAGE_BYTES));
+            call.send(&buffer.bytes()[..length]);
+            return Ok(());
+        };
+        let Some(length) = version.size.checked_sub(asked.offset).filter(|&left| left > 0) else {
+            return Ok(());
+        };
+        let length = size.min(usize::try_from(length).unwrap_or(size));
+        let pages = length.div_ceil(PAGE_BYTES);
+        let object = handle.inode.name.object(&version);
+        let first = u32::try_from(asked.offset / PAGE_BYTES as u64).ok();
+        let first = first.filter(|first| self.cacheable && first.checked_add(pages as u32).is_some());
+        let had = first.map_or_else(PageSet::default, |first| {
+            self.cache.get(&object, first, pages, &mut buffer.bytes_mut()[..pages * PAGE_BYTES])
+        });
+        let bytes = &mut buffer.bytes_mut()[..pages * PAGE_BYTES];
+        let got = fill_gaps(direct, bytes, asked.offset, &had)?.min(length);
+        call.send(&buffer.bytes()[..got]);
+
+        let missing = pages - had.len();
+        count(&self.cache.counters.hit_pages, had.len());
+        count(&self.cache.counters.miss_pages, missing);
+        let Some(first) = first.filter(|_| missing > 0 && got == length && self.cache.accepts()) else {
+            return Ok(());
+        };
+        if Version::of(&stat_fd(&handle.fd)?) != version {
+            return Ok(());
+        }
+        let old = handle.inode.content.lock().object.replace(object);
+        if let Some(old) = old.filter(|old| *old != object) {
+            self.cache.forget(old);
+        }
+        // Beyond the end of the file a disk block may hold anything.
+        buffer.bytes_mut()[length..pages * PAGE_BYTES].fill(0);
+        self.cache.put(Put { buffer, object, first, pages, had });
+        Ok(())
+    }
+
+    /// Whether pages read from now on may be cached under this version.
+    fn is_settled(&self, version: &Version) -> bool {
+        self.fine_clock || version.settled()
+    }
+
+    /// The descriptor for direct reads, if the lower file system has such a thing for this file.
+    fn direct<'h>(&self, handle: &'h Handle, stat: &Statx) -> Option<&'h OwnedFd> {
+        let able = |align: u32| align > 0 && align as usize <= PAGE_BYTES;
+        let open = || {
+            if stat.stx_mask & StatxFlags::DIOALIGN.bits() == 0
+                || !able(stat.stx_dio_mem_align)
+                || !able(stat.stx_dio_offset_align)
+            {
+                return None;
+            }
+            self.reopen(&handle.inode, OFlags::RDONLY | OFlags::DIRECT).ok()
+        };
+        handle.direct.get_or_init(open).as_ref()
+    }
+}
+
+/// Read until the buffer is full or the file ends.
+fn read_at(fd: impl AsFd, to: &mut [u8], offset: u64) -> Result<usize, Errno> {
+    let mut done = 0;
+    while done < to.len() {
+        match rustix::io::pread(&fd, &mut to[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(read) => done += read,
+            Err(Errno::INTR) => {}
+            // What was read is told; the error comes back with the next read.
+            Err(error) if done == 0 => return Err(error),
+            Err(_) => break,
+        }
+        if done % 512 != 0 {
+            // A direct read that ends between sectors ended with the file.
+            break;
+        }
+    }
+    Ok(done)
+}
+
+/// Read the pages that are not in `had`. Returns how many bytes from the start of the window are there: fewer than
+/// the window has if the file became shorter.
+fn fill_gaps(direct: &OwnedFd, to: &mut [u8], offset: u64, had: &PageSet) -> Result<usize, Errno> {
+    let pages = to.len() / PAGE_BYTES;
+    let gaps: Vec<_> = had.gaps(pages).collect();
+    let whole;
+    let gaps = match gaps[..] {
+        [(first, _), .., (_, end)] if gaps.len() > GAPS => {
+            whole = [(first, end)];
+            &whole[..]
+        }
+        _ => &gaps[..],
+    };
+    for &(first, end) in gaps {
+        let (from, until) = (first * PAGE_BYTES, end * PAGE_BYTES);
+        let read = read_at(direct, &mut to[from..until], offset + from as u64)?;
+        if read < until - from {
+            return Ok(from + read);
+        }
+    }
+    Ok(to.len())
+}
