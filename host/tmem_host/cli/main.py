@@ -122,3 +122,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return "", ExitCode.OK
         case _:
             return "interrupted", INTERRUPTED
+
+
+if __name__ == "__main__":
+    main()
