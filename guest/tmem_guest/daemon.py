@@ -391,7 +391,7 @@ class Agent:
             log.warning(f"the host asks for {pages} swapped pages back, but there is no swap through tmem")
             return
         try:
-            service.ask({"command": "reclaim", "pages": pages})
+            service.reclaim(pages)
         except OSError as error:
             log.error(f"cannot hand the host's request for {pages} pages to the swap shim: {error}")
         else:

@@ -24,15 +24,16 @@ def read_line(connection: socket.socket) -> bytes:
     return bytes(line).rstrip(b"\n")
 
 
-def ask(path: Path, request: dict[str, object], timeout_s: float) -> dict[str, object]:
-    """Send one request to the socket at `path` and return the answer.
+def ask(path: Path, request: dict[str, object] | None, timeout_s: float) -> dict[str, object]:
+    """Send one request to the socket at `path` and return the answer; `None`: it tells its one thing unasked.
 
     Raises OSError: nobody listens there, it took longer than `timeout_s`, or the answer is no JSON object.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout_s)
         connection.connect(str(path))
-        connection.sendall(msgspec.json.encode(request) + b"\n")
+        if request is not None:
+            connection.sendall(msgspec.json.encode(request) + b"\n")
         line = read_line(connection)
     try:
         answer: object = msgspec.json.decode(line)

@@ -31,6 +31,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="run the daemon; systemd does this")
     run.add_argument("--config", type=Path, default=argparse.SUPPRESS, metavar="FILE")
+    check = commands.add_parser("check", help="read a configuration and say whether it is valid")
+    check.add_argument("config", type=Path, nargs="?", default=argparse.SUPPRESS, metavar="FILE")
     status = commands.add_parser("status", help="mounts with hit ratios, swap, connection to the host")
     mount = commands.add_parser("mount", help="cache a directory in host memory")
     mount.add_argument("directory", metavar="DIR")
@@ -85,6 +87,8 @@ def _dispatch(options: argparse.Namespace) -> None:
     from tmem_guest import config  # after the options are known to be good  # noqa: PLC0415
 
     settings = config.load(options.config)
+    if options.command == "check":
+        return
     if options.command == "run":
         from tmem_guest import daemon  # noqa: PLC0415
 

@@ -131,7 +131,7 @@ class MountService(Service):
     def counters(self) -> dict[str, object] | None:
         """What the status socket says; None if it does not answer."""
         try:
-            return jsonline.ask(self.status_socket, {"command": "status"}, STATUS_TIMEOUT_S)
+            return jsonline.ask(self.status_socket, None, STATUS_TIMEOUT_S)
         except OSError:
             return None
 

@@ -118,13 +118,20 @@ class SwapService(Service):
         ]
 
     def ask(self, request: dict[str, object]) -> dict[str, object]:
-        """Ask the shim something on its control socket. Raises OSError."""
-        return jsonline.ask(self.control_socket, request, CONTROL_TIMEOUT_S)
+        """Ask the shim something on its control socket (docs/swap.md). Raises OSError, also if it says no."""
+        answer = jsonline.ask(self.control_socket, request, CONTROL_TIMEOUT_S)
+        if not answer.get("ok"):
+            raise OSError(f"the swap shim refused {request['op']}: {answer.get('error')}")
+        return answer
+
+    def reclaim(self, pages: int) -> None:
+        """Have the shim move its coldest pages from the host to the swap file. Raises OSError."""
+        self.ask({"op": "reclaim", "pages": pages})
 
     def counters(self) -> dict[str, object] | None:
         """What the control socket says; None if it does not answer."""
         try:
-            return self.ask({"command": "status"})
+            return self.ask({"op": "status"})
         except OSError:
             return None
 
