@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use tmem_store::{AdminError, Store, VmLimits};
@@ -12,6 +12,7 @@ use tmem_wire::Notice;
 use crate::limits::{Budget, Limits};
 use crate::listener::{Acceptor, SocketOptions};
 use crate::polling::Spinners;
+use crate::vhost_user::{DeviceConfig, VsockDevice};
 use crate::vm::{Vm, VmSpec};
 
 /// Why the engine could not do what was asked.
@@ -59,7 +60,15 @@ pub enum EngineError {
 }
 
 /// A way a VM's guest reaches the engine: a socket that is listened on, a device. Dropping it ends it.
-pub trait Endpoint: Send + Sync {}
+pub trait Endpoint: Send + Sync {
+    /// The VM is removed for good: what would let a later endpoint go on in this one's place is to be given up.
+    fn forget(&self) {}
+
+    /// Names and values of what it counts.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+}
 
 /// How long a removed VM's sessions may take to end.
 const REMOVE_PATIENCE: Duration = Duration::from_secs(5);
@@ -77,6 +86,8 @@ pub struct Engine {
     in_flight: Arc<Budget>,
     registry: RwLock<Registry>,
     acceptor: Acceptor,
+    sockets: SocketOptions,
+    keeper: OnceLock<PathBuf>,
     pub(crate) spinners: Spinners,
     draining: AtomicBool,
     sessions: Mutex<usize>,
@@ -98,6 +109,8 @@ impl Engine {
             limits,
             registry: RwLock::default(),
             acceptor,
+            sockets,
+            keeper: OnceLock::new(),
             spinners: Spinners::new(),
             draining: AtomicBool::new(false),
             sessions: Mutex::new(0),
@@ -170,7 +183,33 @@ impl Engine {
         if let Some(path) = &vm.spec.hybrid_socket {
             endpoints.push(self.acceptor.listen_hybrid(vm, path)?);
         }
+        let spec = &vm.spec;
+        if let (Some(front), Some(guest_cid)) = (&spec.vhost_user_socket, spec.guest_cid) {
+            let config = DeviceConfig {
+                vhost_user_socket: front.clone(),
+                hybrid_socket: spec.hybrid_socket.clone(),
+                guest_cid,
+                keeper: self.keeper.get().cloned(),
+                max_connections: DeviceConfig::MAX_CONNECTIONS,
+                busy_poll: self.limits.busy_poll,
+                sockets: self.sockets,
+            };
+            endpoints.push(Box::new(VsockDevice::listen(self, vm, config)?));
+        }
         Ok(endpoints)
+    }
+
+    /// Let the keeper at `path` hold the vsock devices of VMs added from now on, so that they outlive this process.
+    pub fn use_keeper(&self, path: PathBuf) {
+        // A second call changes nothing: devices would be held in two places.
+        let _ = self.keeper.set(path);
+    }
+
+    /// What a VM's endpoints have counted.
+    pub fn endpoint_counters(&self, name: &str) -> Result<Vec<(&'static str, u64)>, EngineError> {
+        let registry = self.registry.read().unwrap_or_else(PoisonError::into_inner);
+        let endpoints = registry.endpoints.get(name).ok_or_else(|| EngineError::NoSuchVm(name.to_owned()))?;
+        Ok(endpoints.iter().flat_map(|endpoint| endpoint.counters()).collect())
     }
 
     /// Accept AF_VSOCK connections to tmem's port; the peer's CID names the VM. The listener lives as long as the
@@ -186,6 +225,9 @@ impl Engine {
             let vm = registry.vms.remove(name).ok_or_else(|| EngineError::NoSuchVm(name.to_owned()))?;
             (vm, registry.endpoints.remove(name))
         };
+        for endpoint in endpoints.iter().flatten() {
+            endpoint.forget();
+        }
         drop(endpoints);
         vm.retire();
         self.wait_for_sessions(REMOVE_PATIENCE, || vm.connections() == 0);
