@@ -108,12 +108,8 @@ pub(crate) mod fattr {
 
 /// `OPEN`'s answer: keep what the page cache holds of this file.
 pub(crate) const FOPEN_KEEP_CACHE: u32 = 1 << 1;
-/// `OPENDIR`'s answer: the kernel may keep the listing.
-pub(crate) const FOPEN_CACHE_DIR: u32 = 1 << 3;
 /// `OPEN`'s answer: do not send FLUSH on close.
 pub(crate) const FOPEN_NOFLUSH: u32 = 1 << 5;
-/// `GETATTR` names an open file.
-pub(crate) const GETATTR_FH: u32 = 1 << 0;
 /// `WRITE` comes from the page cache, not from one caller.
 pub(crate) const WRITE_CACHE: u32 = 1 << 0;
 /// `WRITE` must clear set-user-id and set-group-id.

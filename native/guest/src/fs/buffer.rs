@@ -10,10 +10,10 @@ use super::device::MAX_READ;
 
 /// Bytes of a small buffer: what a random read or a short read-ahead needs.
 const SMALL_BYTES: usize = 64 << 10;
-/// How many small buffers there may be, for four at a time is what a disk wants and the rest wait to be put.
+/// How many small buffers there may be: some being read, the rest waiting to be put.
 const SMALL: usize = 24;
 /// How many large buffers there may be.
-const LARGE: usize = 5;
+const LARGE: usize = 4;
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(4096))]

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use tmem_wire::pages::{decode_got, write_keys};
-use tmem_wire::{GetStatus, HelloRequest, Key, ObjectId, Op, PoolCreate, HEADER_BYTES, PAGE_BYTES};
+use tmem_wire::{GetStatus, Header, HelloRequest, Key, ObjectId, Op, PoolCreate, HEADER_BYTES, PAGE_BYTES};
 
 use super::buffer::{Buffer, PageSet};
 use super::counters::{count, Counters};
@@ -21,6 +21,9 @@ use crate::swap::page::decode;
 
 /// Pages asked for in one frame; a large window takes several frames in one go. Bounds a connection's buffer.
 const GET_BATCH: usize = 32;
+/// How long a connection may rest. Then it is tried, so that tmemd does not take this end for dead, and a dead
+/// connection is replaced before a reader needs it.
+pub(crate) const KEEP_ALIVE: Duration = Duration::from_secs(2);
 /// Flushes that may wait. More are dropped: they only save memory at the host.
 const FLUSHES: usize = 1024;
 
@@ -61,6 +64,20 @@ struct Getter {
     tag: u32,
     frame: Vec<u8>,
     proven: bool,
+    used: Instant,
+}
+
+/// One empty round trip over a connection with nothing else in flight.
+pub(crate) fn ping(reader: &mut LinkReader, writer: &mut LinkWriter) -> Result<(), LinkError> {
+    let mut frame = Vec::with_capacity(HEADER_BYTES);
+    Header::request(Op::Ping, 0).write_frame(&[], &mut frame);
+    writer.send(&frame)?;
+    loop {
+        let (header, body) = reader.recv("the answer to PING")?;
+        if header.is_answer() {
+            return check(&header, body);
+        }
+    }
 }
 
 struct Slot {
@@ -163,6 +180,7 @@ impl Cache {
         });
         match done {
             Ok(()) => {
+                getter.used = Instant::now();
                 if !getter.proven {
                     getter.proven = true;
                     slot.backoff.reset();
@@ -301,14 +319,22 @@ impl Cache {
         self.wake.notify_all();
     }
 
-    /// Make connections for gets that are missing and due; when the next one will be due.
+    /// Make connections for gets that are missing and due, and try those at rest; when to come back.
     pub(crate) fn mend(&self, host: &Host, now: Instant) -> Option<Instant> {
-        let mut due: Option<Instant> = None;
+        let mut due = Some(now + KEEP_ALIVE);
         for slot in &self.slots {
             {
-                let slot = slot.lock();
-                if slot.getter.is_some() {
-                    continue;
+                let Some(mut slot) = slot.try_lock() else { continue };
+                if let Some(getter) = &mut slot.getter {
+                    if getter.used + KEEP_ALIVE > now {
+                        continue;
+                    }
+                    getter.used = now;
+                    if ping(&mut getter.reader, &mut getter.writer).is_ok() {
+                        continue;
+                    }
+                    slot.getter = None;
+                    count(&self.counters.link_failures, 1);
                 }
                 if slot.again > now {
                     due = Some(due.map_or(slot.again, |due| due.min(slot.again)));
@@ -323,8 +349,15 @@ impl Cache {
             let mut slot = slot.lock();
             match made {
                 Ok(((reader, writer), pool)) => {
-                    slot.getter =
-                        Some(Getter { reader, writer, pool, tag: 1, frame: Vec::new(), proven: false });
+                    slot.getter = Some(Getter {
+                        reader,
+                        writer,
+                        pool,
+                        tag: 1,
+                        frame: Vec::new(),
+                        proven: false,
+                        used: Instant::now(),
+                    });
                 }
                 Err(error) => {
                     log::debug!("no connection for gets: {error}");

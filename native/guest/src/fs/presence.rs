@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use tmem_wire::Key;
 use zerocopy::FromZeros;
 
-/// Bits in the map: a quarter of them is set when the host holds 16 GiB.
-const BITS: usize = 1 << 24;
+/// Bits in the map: a quarter of them is set when the host holds 8 GiB.
+const BITS: usize = 1 << 23;
 /// How many misses it takes to believe that nothing is left from before this program started.
 const DOUBT: i32 = 4096;
 /// How many misses a hit makes up for.

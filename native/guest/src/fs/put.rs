@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tmem_wire::pages::{decode_statuses, write_objects, PutWriter};
 use tmem_wire::{Key, ObjectId, Op, PutStatus, PAGE_BYTES};
 
-use super::cache::{Cache, Host, Put, Work};
+use super::cache::{ping, Cache, Host, Put, Work, KEEP_ALIVE};
 use super::counters::count;
 use crate::link::{check, Backoff, LinkError, LinkReader, LinkWriter};
 use crate::swap::page::{checksum, Encoder};
@@ -33,6 +33,7 @@ struct Putter {
     /// Frames unanswered: their tags, and for puts their pages.
     waiting: VecDeque<(u32, Vec<Key>)>,
     window: usize,
+    used: Instant,
 }
 
 /// Serve the background work of `cache` until it is closed.
@@ -83,7 +84,8 @@ pub(crate) fn run(cache: &Arc<Cache>, host: &Host) {
             }
             Work::Put(put) => link.put(cache, &put, &mut encoder),
             Work::Flush(objects) => link.flush(cache, &objects).map(|()| true),
-            Work::Idle | Work::Close => Ok(true),
+            Work::Idle => link.keep_alive(cache).map(|()| true),
+            Work::Close => Ok(true),
         };
         match done {
             Ok(true) => {}
@@ -113,7 +115,7 @@ fn connect(host: &Host) -> Result<Putter, LinkError> {
     let checksums = limits.features.has(tmem_wire::Features::CHECKSUMS);
     let (reader, writer) = link.split();
     let (frame, waiting) = (Vec::new(), VecDeque::new());
-    Ok(Putter { reader, writer, pool, tag: 1, frame, checksums, waiting, window })
+    Ok(Putter { reader, writer, pool, tag: 1, frame, checksums, waiting, window, used: Instant::now() })
 }
 
 impl Putter {
@@ -138,6 +140,7 @@ impl Putter {
             }
             writer.end();
             self.writer.send(&self.frame)?;
+            self.used = Instant::now();
             self.waiting.push_back((self.tag, keys));
         }
         // Whatever is answered by now; the rest at the next put. Only a full window is waited for, but an idle
@@ -165,6 +168,18 @@ impl Putter {
         count(&cache.counters.invalidated_objects, objects.len());
         while cache.idle() && !self.waiting.is_empty() {
             self.answer(cache)?;
+        }
+        Ok(())
+    }
+
+    /// Nothing to do: collect answers, and see whether the other end is still there.
+    fn keep_alive(&mut self, cache: &Cache) -> Result<(), LinkError> {
+        while !self.waiting.is_empty() {
+            self.answer(cache)?;
+        }
+        if self.used + KEEP_ALIVE <= Instant::now() {
+            ping(&mut self.reader, &mut self.writer)?;
+            self.used = Instant::now();
         }
         Ok(())
     }
