@@ -59,7 +59,8 @@ impl Connector {
         let mut backoff = Backoff::default();
         let mut away_since: Option<(Instant, Instant)> = None;
         loop {
-            let Some(post) = self.posts.iter().find(|post| post.wants_connection.load(Ordering::Acquire)) else {
+            let Some(post) = self.posts.iter().find(|post| post.wants_connection.load(Ordering::Acquire))
+            else {
                 self.bell.wait(Duration::from_secs(3600));
                 continue;
             };
@@ -76,7 +77,9 @@ impl Connector {
                     let (since, told) = *away_since.get_or_insert((now, now));
                     if told == now || told.elapsed() > REMIND {
                         away_since = Some((since, Instant::now()));
-                        log::warn!("host away: {error}. New pages go to the swap file; pages at the host wait");
+                        log::warn!(
+                            "host away: {error}. New pages go to the swap file; pages at the host wait"
+                        );
                     }
                     std::thread::sleep(backoff.wait());
                 }
@@ -99,9 +102,8 @@ impl Connector {
             link.call(&flush, &[], "the answer to FLUSH_POOL")?;
             self.shared.state.pool_clean.store(true, Ordering::Release);
         }
-        let session = Session::new(link.limits(), pool, self.endpoint.window_bytes).map_err(|why| {
-            LinkError::Io { awaited: "limits that suffice", source: io::Error::other(why) }
-        })?;
+        let session = Session::new(link.limits(), pool, self.endpoint.window_bytes)
+            .map_err(|why| LinkError::Io { awaited: "limits that suffice", source: io::Error::other(why) })?;
         let keep_alive = Duration::from_millis(link.limits().keep_alive_ms.into());
         Ok(Connection {
             socket: link.into_socket(),

@@ -30,12 +30,17 @@ pub(super) struct Control {
 
 /// Listen on `path`, for root only. A socket that nobody listens on any more is replaced.
 pub(super) fn listen(path: &Path) -> io::Result<UnixListener> {
-    let explain = |error: io::Error| io::Error::new(error.kind(), format!("control socket {}: {error}", path.display()));
+    let explain = |error: io::Error| {
+        io::Error::new(error.kind(), format!("control socket {}: {error}", path.display()))
+    };
     if let Some(directory) = path.parent() {
         std::fs::create_dir_all(directory).map_err(explain)?;
     }
     if UnixStream::connect(path).is_ok() {
-        return Err(explain(io::Error::new(io::ErrorKind::AddrInUse, "another tmem-guest swap listens there")));
+        return Err(explain(io::Error::new(
+            io::ErrorKind::AddrInUse,
+            "another tmem-guest swap listens there",
+        )));
     }
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(explain(error)),
@@ -149,7 +154,8 @@ impl Control {
         answer.push_str(",\"protections\":{");
         for (i, protection) in Protection::ALL.into_iter().enumerate() {
             let comma = if i == 0 { "" } else { "," };
-            let _ = write!(answer, "{comma}\"{}\":{}", protection.name(), !self.missing.contains(&protection));
+            let _ =
+                write!(answer, "{comma}\"{}\":{}", protection.name(), !self.missing.contains(&protection));
         }
         answer.push_str("}}");
     }

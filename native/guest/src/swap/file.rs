@@ -50,7 +50,9 @@ pub enum FileError {
         bytes: u64,
     },
     /// A block device, or a file in use, that is smaller than the device is to be.
-    #[error("swap file {path}: it has {has} bytes, but the device is to have {needs}; choose a smaller --size")]
+    #[error(
+        "swap file {path}: it has {has} bytes, but the device is to have {needs}; choose a smaller --size"
+    )]
     TooSmall {
         /// The file.
         path: PathBuf,
@@ -107,8 +109,9 @@ pub fn prepare(path: &Path, pages: u32) -> Result<File, FileError> {
         }
         rustix::fs::fchmod(&plain, rustix::fs::Mode::from_raw_mode(0o600))
             .map_err(|errno| failed("make it private (chmod 600)")(errno.into()))?;
-        let (name, in_memory) =
-            file_system(fstatfs(&plain).map_err(|errno| failed("look at its file system")(errno.into()))?.f_type);
+        let (name, in_memory) = file_system(
+            fstatfs(&plain).map_err(|errno| failed("look at its file system")(errno.into()))?.f_type,
+        );
         if in_memory {
             return Err(FileError::InMemory { path: path.to_owned(), file_system: name });
         }
@@ -146,7 +149,8 @@ pub fn prepare(path: &Path, pages: u32) -> Result<File, FileError> {
 }
 
 fn no_direct_io(path: &Path) -> FileError {
-    let file_system = rustix::fs::statfs(path).map_or_else(|_| "?".to_owned(), |stat| file_system(stat.f_type).0);
+    let file_system =
+        rustix::fs::statfs(path).map_or_else(|_| "?".to_owned(), |stat| file_system(stat.f_type).0);
     FileError::NoDirectIo { path: path.to_owned(), file_system }
 }
 

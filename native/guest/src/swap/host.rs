@@ -117,8 +117,11 @@ impl Host {
     fn receive(&mut self, ring: &mut Ring) {
         let Some(connection) = &self.connection else { return };
         let space = &mut self.input.buffer[self.input.end..];
-        let entry =
-            opcode::Recv::new(types::Fd(connection.socket.as_raw_fd()), space.as_mut_ptr(), space.len() as u32);
+        let entry = opcode::Recv::new(
+            types::Fd(connection.socket.as_raw_fd()),
+            space.as_mut_ptr(),
+            space.len() as u32,
+        );
         // SAFETY: `input` is neither moved nor resized, and its tail is used again only after the completion.
         unsafe { ring.push(entry.build(), Token::new(Source::Receive, 0)) };
         self.receiving = true;
@@ -140,9 +143,8 @@ impl Host {
             return;
         }
         let bytes = rest.len().min(connection.write_bytes.unwrap_or(usize::MAX));
-        let entry =
-            opcode::Send::new(types::Fd(connection.socket.as_raw_fd()), rest.as_ptr(), bytes as u32)
-                .flags(libc::MSG_NOSIGNAL);
+        let entry = opcode::Send::new(types::Fd(connection.socket.as_raw_fd()), rest.as_ptr(), bytes as u32)
+            .flags(libc::MSG_NOSIGNAL);
         // SAFETY: this buffer is not the one being filled; it is cleared only after its last completion.
         unsafe { ring.push(entry.build(), Token::new(Source::Send, 0)) };
         self.sending = true;

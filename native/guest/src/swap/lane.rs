@@ -178,7 +178,9 @@ impl<F: Front> Lane<F> {
             if Instant::now() > deadline {
                 // It will be done at the latest when the process ends; until then the memory must stay.
                 std::mem::forget(self.hands);
-                return Err(io::Error::other("the ring did not settle within 5 s after the device went away"));
+                return Err(io::Error::other(
+                    "the ring did not settle within 5 s after the device went away",
+                ));
             }
             self.hands.ring.wait(Duration::from_millis(100))?;
             while let Some((token, result)) = self.hands.ring.completion() {
@@ -196,7 +198,11 @@ impl<F: Front> Lane<F> {
         if self.core.is_reclaiming() {
             RECLAIMING
         } else if self.core.has_waiting() {
-            if self.hands.host.is_vacant() { AWAY } else { WAITING }
+            if self.hands.host.is_vacant() {
+                AWAY
+            } else {
+                WAITING
+            }
         } else {
             IDLE
         }

@@ -132,7 +132,11 @@ pub struct Args {
 
 impl Args {
     fn endpoint(&self) -> Endpoint {
-        if self.unsplit { self.endpoint.clone().unsplit() } else { self.endpoint.clone() }
+        if self.unsplit {
+            self.endpoint.clone().unsplit()
+        } else {
+            self.endpoint.clone()
+        }
     }
 }
 

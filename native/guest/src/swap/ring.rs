@@ -68,15 +68,16 @@ pub(super) struct Ring {
 
 impl Ring {
     pub(super) fn new(entries: u32) -> io::Result<Ring> {
-        let ring = IoUring::builder().setup_cqsize(entries * 4).setup_clamp().build(entries).map_err(|error| {
-            let hint = match error.raw_os_error() {
-                Some(libc::EPERM | libc::ENOSYS) => {
-                    "; the swap shim needs io_uring: check the sysctl kernel.io_uring_disabled"
-                }
-                _ => "",
-            };
-            io::Error::new(error.kind(), format!("cannot set up an io_uring: {error}{hint}"))
-        })?;
+        let ring =
+            IoUring::builder().setup_cqsize(entries * 4).setup_clamp().build(entries).map_err(|error| {
+                let hint = match error.raw_os_error() {
+                    Some(libc::EPERM | libc::ENOSYS) => {
+                        "; the swap shim needs io_uring: check the sysctl kernel.io_uring_disabled"
+                    }
+                    _ => "",
+                };
+                io::Error::new(error.kind(), format!("cannot set up an io_uring: {error}{hint}"))
+            })?;
         // Transfers that would block are done by kernel threads of the ring; a few are enough, and they stay.
         ring.submitter().register_iowq_max_workers(&mut [4, 4])?;
         Ok(Ring { ring, outstanding: 0 })

@@ -196,10 +196,7 @@ impl Table {
 
     /// After the serving process died: nobody holds anything any more. Returns how many entries were held.
     pub fn release_all(&self) -> u32 {
-        self.0
-            .iter()
-            .map(|entry| u32::from(entry.fetch_and(!HELD, Ordering::AcqRel) & HELD != 0))
-            .sum()
+        self.0.iter().map(|entry| u32::from(entry.fetch_and(!HELD, Ordering::AcqRel) & HELD != 0)).sum()
     }
 
     /// Pages by place (indexed by [`Place`]) and pages marked stale.

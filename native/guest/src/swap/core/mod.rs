@@ -116,7 +116,11 @@ pub struct Session {
 
 impl Session {
     /// What of the host's limits matters here; an error says which limit is too small to work with.
-    pub fn new(limits: &HelloAnswer, pool: u32, window_bytes: Option<usize>) -> Result<Session, &'static str> {
+    pub fn new(
+        limits: &HelloAnswer,
+        pool: u32,
+        window_bytes: Option<usize>,
+    ) -> Result<Session, &'static str> {
         let max_batch = (limits.max_batch as usize).min(MAX_BATCH);
         if max_batch < MAX_PAGES {
             return Err("the host's batches are too small");

@@ -30,8 +30,14 @@ impl Core {
 
     pub(super) fn release_held(&mut self, s: usize) {
         let slot = &mut self.slots[s];
+        let mut stale = false;
         for i in ones(std::mem::take(&mut slot.held)) {
+            stale |= self.shared.table.peek(slot.index[i]).is_stale();
             self.shared.table.release(slot.index[i]);
+        }
+        if stale {
+            // Not before: the sweeper passes over pages that are held.
+            self.shared.state.sweep_wanted.store(true, Ordering::Release);
         }
     }
 
@@ -160,9 +166,6 @@ impl Core {
         for i in at..at + pages {
             let entry = table.peek(slot.index[i]);
             table.set(slot.index[i], entry.at(Place::File).printed(slot.sums[i]));
-            if entry.is_stale() {
-                self.shared.state.sweep_wanted.store(true, Ordering::Release);
-            }
         }
         self.shared.count(|c| &c.writes_file, pages as u64);
     }
@@ -256,7 +259,9 @@ impl Core {
         if !self.shared.state.host_lost_pages.swap(true, Ordering::Relaxed) {
             let why = match status {
                 GetStatus::Hit => "sent other data than was put",
-                GetStatus::Miss => "does not have it any more (was the host rebooted, or the pool destroyed?)",
+                GetStatus::Miss => {
+                    "does not have it any more (was the host rebooted, or the pool destroyed?)"
+                }
                 GetStatus::Lost => "says it was damaged",
             };
             log::error!(

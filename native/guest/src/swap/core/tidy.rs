@@ -221,7 +221,6 @@ impl Core {
     pub(super) fn move_unanswered(&mut self, s: usize) {
         self.release_held(s);
         self.slots[s].job = Job::Idle;
-        self.shared.state.sweep_wanted.store(true, Ordering::Release);
     }
 
     // ── stale copies ───────────────────────────────────────────────────────────────────────────────────────────
