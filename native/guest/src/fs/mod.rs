@@ -15,6 +15,7 @@
 //! | [`read`], [`buffer`] | a page cache miss, from request to background put |
 //! | [`content`], [`version`] | which version of a file is cached where, and when to believe it |
 //! | [`cache`], [`put`], [`presence`] | pages in tmem: gets, background puts, what is worth asking for |
+//! | [`watch`] | changes that others make in the lower directory |
 //! | [`lower`] | the directory that is shown: opening it, what its file system can do |
 //! | [`status`], [`counters`] | what happened so far, for operators |
 //!
@@ -41,6 +42,7 @@ mod serve;
 mod status;
 mod tree;
 mod version;
+mod watch;
 mod worker;
 mod xattr;
 
@@ -72,9 +74,9 @@ pub struct Args {
     /// Threads that serve requests.
     #[arg(long, default_value_t = 8)]
     threads: usize,
-    /// How changes made in the lower directory behind the mount are met: ask it about every name and attribute
-    /// again (check), or trust that there are none (none).
-    #[arg(long, value_enum, default_value_t = Changes::Check)]
+    /// How changes made in the lower directory behind the mount are met: be told of them by the kernel (watch; check
+    /// where it cannot), ask about every name and attribute again (check), or trust that there are none (none).
+    #[arg(long, value_enum, default_value_t = Changes::Watch)]
     changes: Changes,
     /// Where to tell counters, a unix socket [default: /run/tmem/fs-MOUNT.sock, escaped as systemd does].
     #[arg(long)]
@@ -96,11 +98,13 @@ pub struct Args {
 /// See [`Args::changes`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Changes {
+    Watch,
     Check,
     None,
 }
 
 impl Args {
+    /// How long a reader waits for tmemd.
     fn get_timeout(&self) -> Duration {
         Duration::from_millis(u64::from(self.get_timeout_ms.max(1)))
     }

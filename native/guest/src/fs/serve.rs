@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use tmem_wire::{PoolCreate, PoolKind, Role};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::abi::init;
+use super::abi::{init, ROOT_ID};
 use super::buffer::Buffers;
 use super::cache::{Cache, Host};
 use super::counters::Counters;
@@ -23,6 +23,7 @@ use super::inode::Inodes;
 use super::lower::Lower;
 use super::status::{self, Names};
 use super::tree::{Tree, Trust};
+use super::watch::Watch;
 use super::{put, worker, Args, Changes};
 use crate::link::{hello, LinkError};
 
@@ -82,6 +83,9 @@ const WANTED: u64 = init::ASYNC_READ
 /// How long names and attributes are kept where nobody else changes them.
 const FOREVER: Duration = Duration::from_secs(86_400);
 
+/// The same where others' changes are reported; a bound on how long a lost report can matter.
+const WATCHED: Duration = Duration::from_secs(60);
+
 /// Mount and serve until unmounted or told to end.
 pub fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     Ok(serve(&args)?)
@@ -101,14 +105,17 @@ fn serve(args: &Args) -> Result<(), FsError> {
     }
     let host = (!args.no_tmem && cacheable).then(|| host(args, &lower_path)).transpose()?;
     let cache = Arc::new(Cache::new(host, Arc::new(Counters::default())));
-    let (lifetime, wanted) = match args.changes {
+    let inodes = Inodes::new(lower.root, &lower.stat);
+    let (changes, watch) = watch(args.changes, &inodes, &lower_path)?;
+    let (lifetime, wanted) = match changes {
+        Changes::Watch => (WATCHED, WANTED | init::EXPLICIT_INVAL_DATA | init::CACHE_SYMLINKS),
         Changes::Check => (Duration::ZERO, WANTED | init::AUTO_INVAL_DATA),
         Changes::None => (FOREVER, WANTED | init::EXPLICIT_INVAL_DATA | init::CACHE_SYMLINKS),
     };
     let tree = Arc::new(Tree {
-        inodes: Inodes::new(lower.root, &lower.stat),
+        inodes,
         handles: Handles::default(),
-        trust: Trust { lifetime, versions: lower.fine_clock || args.changes == Changes::None },
+        trust: Trust { lifetime, versions: lower.fine_clock || changes != Changes::Check },
         cache: cache.clone(),
         cacheable: cache.host.is_some(),
         fine_clock: lower.fine_clock,
@@ -123,6 +130,10 @@ fn serve(args: &Args) -> Result<(), FsError> {
     let agreed = device.handshake(wanted).map_err(system("the first exchange with the kernel"))?;
     log::debug!("FUSE 7.{}, flags {:#x}", agreed.minor, agreed.flags);
 
+    if let Some(watch) = watch {
+        let (tree, device) = (tree.clone(), device.another().map_err(FsError::Fuse)?);
+        spawn("tmem-watch", move || watch.run(&tree, &device))?;
+    }
     let workers = Workers::start(args.threads.clamp(1, 64), &tree, device)?;
     if let Err(error) = device::widen_read_ahead(&mount) {
         log::warn!("{}: cannot widen the read-ahead: {error}", mount.display());
@@ -131,7 +142,11 @@ fn serve(args: &Args) -> Result<(), FsError> {
         mount: mount.clone(),
         lower: lower_path,
         endpoint: if args.no_tmem { String::new() } else { args.endpoint.to_string() },
-        changes: if args.changes == Changes::Check { "check" } else { "none" },
+        changes: match changes {
+            Changes::Watch => "watch",
+            Changes::Check => "check",
+            Changes::None => "none",
+        },
     };
     let socket = args
         .status_socket
@@ -183,6 +198,24 @@ fn end(mounted: Mounted, workers: &Workers, signals: &Signals, linger: Duration)
         log::warn!("{}: users that are left get \"not connected\" from now on", path.display());
     }
     Ok(())
+}
+
+/// Watch the lower file system if that is wanted and possible; how changes are met in the end.
+fn watch(wanted: Changes, inodes: &Inodes, lower: &Path) -> Result<(Changes, Option<Watch>), FsError> {
+    if wanted != Changes::Watch {
+        return Ok((wanted, None));
+    }
+    let root = inodes.get(ROOT_ID).map_err(system("looking up the root"))?;
+    match Watch::new(&root) {
+        Ok(watch) => Ok((Changes::Watch, Some(watch))),
+        Err(error) => {
+            log::warn!(
+                "{}: changes by others cannot be watched ({error}), asking each time",
+                lower.display()
+            );
+            Ok((Changes::Check, None))
+        }
+    }
 }
 
 /// Settle what concerns the whole process.
