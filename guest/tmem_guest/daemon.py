@@ -26,6 +26,7 @@ from tmem_guest.mount import MountService
 from tmem_guest.notify import notify
 from tmem_guest.service import Service, State
 from tmem_guest.swap import SwapService
+from tmem_guest.units import format_size
 
 HOST_PATIENCE_S = 3.0  # how long start-up waits for the host before it reports ready without it
 SHUTDOWN_TIMEOUT_S = 80.0  # the unit's TimeoutStopSec is longer
@@ -379,7 +380,8 @@ class Agent:
             case wire.Op.RECLAIM:
                 self._reclaim(notice.first)
             case wire.Op.QUOTA:
-                log.info(f"the host's quota is now {notice.first} bytes, {notice.second} in use")
+                quota, used = format_size(notice.first), format_size(notice.second)
+                log.info(f"the host's quota is now {quota}, {used} in use")
             case wire.Op.FROZEN:
                 log.info("the host takes no pages: frozen" if notice.first else "the host takes pages again")
             case _:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tmem_guest import log, wire
 from tmem_guest.config import parse_endpoint
+from tmem_guest.units import format_size
 
 CLIENT = "tmem-agent 0.1"
 CONNECT_TIMEOUT_S = 5.0
@@ -119,7 +120,7 @@ class HostLink(threading.Thread):
         self.connections += 1
         self.connected.set()
         self.settled.set()
-        log.info(f"connected to the host at {self.endpoint}, quota {self.quota_bytes} bytes")
+        log.info(f"connected to the host at {self.endpoint}, quota {format_size(self.quota_bytes)}")
         return connection
 
     @staticmethod

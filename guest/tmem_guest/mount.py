@@ -13,7 +13,7 @@ from tmem_guest.config import MountConfig
 from tmem_guest.errors import AgentError, ExitCode
 from tmem_guest.service import Service
 
-UNMOUNT_TIMEOUT_S = 10.0
+UNMOUNT_TIMEOUT_S = 3.0
 STATUS_TIMEOUT_S = 0.5
 FUSE = Path("/dev/fuse")
 _VIRTUAL = frozenset(

@@ -33,7 +33,7 @@ STEADY_S = 10.0  # up for this long: the back-off starts over
 POLL_S = 0.05
 END_TIMEOUT_S = 10.0
 TOOL_TIMEOUT_S = 60.0
-_KEPT_LINES = 4
+_KEPT_LINES = 8
 
 
 class State(StrEnum):
@@ -246,13 +246,21 @@ class Service(threading.Thread, abc.ABC):
         child.close()
         self._child = None
         self.pid = 0
-        said = "; ".join(self._lines)
+        said = self._last_words()
         reason = self.given_up(success=success)
         if reason:
             log.warning(f"{self.name}: {reason}")
             self.last_error = reason
             raise _Stop
         raise AgentError(f"{self.name}: tmem-guest {how}" + (f": {said}" if said else ""))
+
+    def _last_words(self) -> str:
+        """What the process said that may be why it ended: its errors, or else its warnings."""
+        for level in ("error: ", "warn: "):
+            said = [line.removeprefix(level) for line in self._lines if line.startswith(level)]
+            if said:
+                return "; ".join(said)
+        return ""
 
     def _recover(self, error: AgentError, delay_s: float) -> None:
         """After a failure: clean up and wait for the next attempt."""

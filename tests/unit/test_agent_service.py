@@ -122,7 +122,7 @@ def test_what_a_process_said_last_is_told(tmp_path: Path, capfd: pytest.CaptureF
         tmp_path, "import sys; print('tmem-guest: error: the disk is full', file=sys.stderr); sys.exit(3)"
     )
     service.start()
-    with pytest.raises(AgentError, match=r"served: tmem-guest exited with status 3: error: the disk is full"):
+    with pytest.raises(AgentError, match=r"served: tmem-guest exited with status 3: the disk is full"):
         service.wait_settled(DEADLINE_S)
     service.request_stop()
     assert service.wait_stopped(DEADLINE_S)
