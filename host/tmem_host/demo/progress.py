@@ -56,7 +56,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Report a step of the whole."""
-        self._console.print(Text(f"{self._clock()}  {text}"))
+        self._console.print(Text(f"{self._clock()}  {text}"), soft_wrap=True)
 
     def phase(self, vm: str, text: str) -> None:
         """Report what a VM does from now on."""

@@ -57,7 +57,7 @@ class Profile:
         if self.rw == "randrw":
             argv.append(f"--rwmixread={self.read_percent}")
         if self.verify:
-            argv += ["--verify=xxhash", "--verify_fatal=1", "--do_verify=1"]
+            argv += ["--verify=xxhash", "--verify_fatal=1", "--do_verify=1", "--verify_state_save=0"]
         return argv
 
 
