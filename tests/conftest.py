@@ -1,0 +1,3 @@
+"""Fixtures for all tests are in `framework`."""
+
+pytest_plugins = ["framework.fixtures"]
