@@ -32,8 +32,8 @@ impl Greeting {
         Greeting { socket, deadline }
     }
 
-    /// Read the line if it is there; never beyond it.
-    pub fn hear(self) -> Heard {
+    /// Read the line if it is there; never beyond it. `ended`: nothing more will come.
+    pub fn hear(self, ended: bool) -> Heard {
         let mut buffer = [0u8; MAX_LINE_BYTES];
         let bytes = match recv(&self.socket, &mut buffer, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
             Ok((0, _)) => return Heard::Nonsense,
@@ -42,7 +42,7 @@ impl Greeting {
             Err(_) => return Heard::Nonsense,
         };
         let Some(length) = buffer[..bytes].iter().position(|&byte| byte == b'\n') else {
-            return if bytes < MAX_LINE_BYTES { Heard::Part(self) } else { Heard::Nonsense };
+            return if bytes < MAX_LINE_BYTES && !ended { Heard::Part(self) } else { Heard::Nonsense };
         };
         let Some(port) = parse(&buffer[..length]) else { return Heard::Nonsense };
         match recv(&self.socket, &mut buffer[..=length], RecvFlags::DONTWAIT) {
@@ -69,9 +69,7 @@ mod tests {
     fn hear(bytes: &[u8]) -> Heard {
         let (mut client, server) = UnixStream::pair().unwrap();
         client.write_all(bytes).unwrap();
-        let heard = Greeting::new(server, Instant::now()).hear();
-        drop(client);
-        heard
+        Greeting::new(server, Instant::now()).hear(false)
     }
 
     #[test]
@@ -86,6 +84,9 @@ mod tests {
     #[test]
     fn half_a_line_is_waited_for_and_nonsense_is_not() {
         assert!(matches!(hear(b"CONN"), Heard::Part(_)));
+        let (mut client, server) = UnixStream::pair().unwrap();
+        client.write_all(b"CONN").unwrap();
+        assert!(matches!(Greeting::new(server, Instant::now()).hear(true), Heard::Nonsense));
         for nonsense in [
             &b""[..],
             b"GET / HTTP/1.1\r\n",

@@ -342,7 +342,10 @@ impl Worker {
                     self.keeper = None;
                     self.keeper_retry = Some(now);
                 }
-                token if token >= GREETING => self.greeting_ready((token - GREETING) as usize, now),
+                token if token >= GREETING => {
+                    let ended = flags.intersects(EventFlags::RDHUP | EventFlags::HUP);
+                    self.greeting_ready((token - GREETING) as usize, ended, now);
+                }
                 token if token >= KICK => {
                     add(&self.counters.kicks, 1);
                     if let Some((_, kick)) =
@@ -508,16 +511,18 @@ impl Worker {
             }
             None => return,
         };
-        let watched = self.doors.watch(socket.as_fd(), GREETING + at as u64, EventFlags::IN);
+        // Edges only: part of a line stays in the socket until the rest comes.
+        let flags = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
+        let watched = self.doors.watch(socket.as_fd(), GREETING + at as u64, flags);
         if watched.is_ok() {
             self.greetings[at] = Some(Greeting::new(UnixStream::from(socket), now + GREETING_TIMEOUT));
         }
     }
 
-    fn greeting_ready(&mut self, at: usize, now: Instant) {
+    fn greeting_ready(&mut self, at: usize, ended: bool, now: Instant) {
         let Some(slot) = self.greetings.get_mut(at) else { return };
         let Some(greeting) = slot.take() else { return };
-        match greeting.hear() {
+        match greeting.hear(ended) {
             Heard::Part(greeting) => *slot = Some(greeting),
             Heard::Nonsense => {}
             Heard::Connect(port, socket) => {

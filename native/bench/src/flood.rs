@@ -1,0 +1,111 @@
+//! A guest that misbehaves. Each way goes on until the time is up; what the server does about it is its business.
+
+use std::time::{Duration, Instant};
+
+use tmem_wire::pages::write_keys;
+use tmem_wire::{Header, Key, Op};
+
+use crate::client::{key, Client, Content};
+use crate::endpoint::Endpoint;
+use crate::report::Report;
+use crate::Failure;
+
+/// How.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Way {
+    /// The largest batches, as fast as they are answered.
+    MaxBatches,
+    /// Single pages, as many in flight as the stream holds.
+    TinyBatches,
+    /// Connections, opened and dropped.
+    ConnectStorm,
+    /// Requests whose answers are never read.
+    NeverRead,
+    /// Frames of which the second half never comes.
+    HalfFrames,
+    /// Bytes that are no frames.
+    Garbage,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// The server.
+    endpoint: Endpoint,
+    /// How to misbehave.
+    #[arg(long)]
+    way: Way,
+    /// Connections at a time.
+    #[arg(long, default_value_t = 8)]
+    connections: usize,
+    /// For how long.
+    #[arg(long, default_value_t = 5.0)]
+    seconds: f64,
+}
+
+/// Flood.
+pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
+    let until = Instant::now() + Duration::from_secs_f64(arguments.seconds);
+    let done: u64 = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..arguments.connections)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut done = 0;
+                    while Instant::now() < until {
+                        // The server may refuse, cut off or throttle: try again, at once.
+                        match once(arguments, until) {
+                            Ok(count) => done += count,
+                            Err(_) => std::thread::sleep(Duration::from_micros(200)),
+                        }
+                    }
+                    done
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap_or(0)).sum()
+    });
+    Report::default().text("what", "flood").text("way", &format!("{:?}", arguments.way)).number("done", done as f64).print();
+    Ok(())
+}
+
+fn once(arguments: &Arguments, until: Instant) -> Result<u64, Failure> {
+    if arguments.way == Way::ConnectStorm {
+        drop(arguments.endpoint.connect()?);
+        return Ok(1);
+    }
+    let mut client = Client::connect(&arguments.endpoint, 0, "flood")?;
+    let batch = if arguments.way == Way::TinyBatches { 1 } else { 256 };
+    client.fill(Content::Raw, 256)?;
+    let keys: Vec<Key> = (0..batch).map(key).collect();
+    let mut frame = Vec::new();
+    write_keys(Op::Get, 9, client.pool, false, &keys, &mut frame);
+    let mut done = 0;
+    while Instant::now() < until {
+        match arguments.way {
+            Way::MaxBatches => {
+                client.send(&frame)?;
+                client.answer()?;
+            }
+            Way::TinyBatches => {
+                client.send(&frame.repeat(32))?;
+                for _ in 0..32 {
+                    client.answer()?;
+                }
+            }
+            Way::NeverRead => client.send(&frame)?,
+            Way::HalfFrames => {
+                let head = Header { length: 1_000_000, count: 256, pool: client.pool, ..Header::request(Op::Put, 1) };
+                client.send(&head.encode())?;
+                client.send(&[0; 1000])?;
+                std::thread::sleep(until.saturating_duration_since(Instant::now()).min(Duration::from_secs(1)));
+            }
+            Way::Garbage => {
+                client.send(&[0x5a; 4096])?;
+                client.answer()?;
+            }
+            Way::ConnectStorm => {}
+        }
+        done += 1;
+    }
+    client.stream.shut()?;
+    Ok(done)
+}
