@@ -70,12 +70,13 @@ def up(
     Whatever fails, nothing of it is left behind.
     """
     from tmem_host.vm import machine  # noqa: PLC0415
+    from tmem_host.vm.request import Registration, VmRequest  # noqa: PLC0415
 
     _check_memory(name, memory_bytes)
-    registration = machine.Registration(
+    registration = Registration(
         admin_socket=context.admin_socket, quota_bytes=quota_bytes, min_bytes=min_bytes, weight=weight
     )
-    request = machine.VmRequest(
+    request = VmRequest(
         name=name,
         image=image_name,
         memory_bytes=memory_bytes,

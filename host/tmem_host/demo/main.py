@@ -27,7 +27,8 @@ from tmem_host.errors import ExitCode, OperatorError
 from tmem_host.vm import console as consoles
 from tmem_host.vm import images, machine
 from tmem_host.vm import state as machine_state
-from tmem_host.vm.machine import Machine, Registration, VmRequest
+from tmem_host.vm.machine import Machine
+from tmem_host.vm.request import Registration, VmRequest
 
 T = TypeVar("T")
 
