@@ -1,0 +1,186 @@
+"""A real `tmem-guest fs` over a real directory, and lower file systems to put under it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE_BYTES = 4096
+_READY_S = 10.0
+_STOP_S = 15.0
+
+
+def program() -> Path:
+    """The `tmem-guest` under test, built if need be."""
+    if given := os.environ.get("TMEM_GUEST"):
+        return Path(given)
+    built = ROOT / "target/release/tmem-guest"
+    if not built.exists():
+        subprocess.run(
+            ["cargo", "build", "--release", "-p", "tmem-guest", "--jobs", "2"], cwd=ROOT, check=True
+        )
+    return built
+
+
+class FileCache:
+    """A mounted file cache; a context manager that leaves nothing behind."""
+
+    def __init__(
+        self,
+        directory: Path,
+        lower: Path,
+        *options: str,
+        endpoint: str | None = None,
+        mount: Path | None = None,
+    ) -> None:
+        self.lower = lower
+        self.mount = mount or directory / "mount"
+        self.mount.mkdir(exist_ok=True, parents=True)
+        self._directory = directory
+        self._status = directory / "status.sock"
+        self._log = directory / "fs.log"
+        tmem = ["--endpoint", endpoint] if endpoint else ["--no-tmem"]
+        self._options = [*tmem, *options]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        while subprocess.run(["umount", "-l", self.mount], capture_output=True, check=False).returncode == 0:
+            pass
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def command(self) -> list[str]:
+        return [
+            *(str(program()), "fs", "--lower", str(self.lower), "--mount", str(self.mount)),
+            *("--status-socket", str(self._status), *self._options),
+        ]
+
+    def start(self) -> None:
+        """Start it and wait until it says that it is ready."""
+        address = self._directory / "notify.sock"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, self._log.open("ab") as log:
+            ready.bind(str(address))
+            ready.settimeout(_READY_S)
+            self._process = subprocess.Popen(
+                self.command(), env=os.environ | {"NOTIFY_SOCKET": str(address)}, stdout=log, stderr=log
+            )
+            try:
+                assert ready.recv(100) == b"READY=1"
+            except TimeoutError:
+                self.kill()
+                raise AssertionError(f"not ready after {_READY_S} s:\n{self.log}") from None
+            finally:
+                address.unlink()
+
+    def stop(self) -> int:
+        """Stop it as systemd would; returns its exit code."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGTERM)
+        return self._process.wait(_STOP_S)
+
+    def kill(self) -> None:
+        """kill -9, if it still runs."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait(_STOP_S)
+
+    def status(self) -> dict[str, int]:
+        """Its counters."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream:
+            stream.settimeout(5)
+            stream.connect(str(self._status))
+            line = b""
+            while part := stream.recv(4096):
+                line += part
+        told: dict[str, int] = json.loads(line)
+        return told
+
+    def wait(self, name: str, least: int, timeout_s: float = 10.0) -> int:
+        """Wait until a counter (or `connected`) is at least this."""
+        deadline = time.monotonic() + timeout_s
+        while (value := self.status()[name]) < least:
+            assert time.monotonic() < deadline, f"{name} is {value} after {timeout_s} s, expected {least}"
+            time.sleep(0.02)
+        return value
+
+    def forget(self, *names: str) -> None:
+        """Make the guest kernel drop the clean pages it has of files."""
+        for name in names:
+            forget(self.mount / name)
+
+
+def forget(path: Path) -> None:
+    """Make the kernel drop the clean pages it has of a file."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def run(*command: str | Path) -> None:
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@contextmanager
+def lower_directory(kind: str, directory: Path) -> Iterator[Path]:
+    """An empty directory on a fresh file system: ext4, xfs or overlay on a loop device, or tmpfs."""
+    base = directory / "base"
+    base.mkdir()
+    image = directory / "image"
+    mounted = []
+    try:
+        if kind == "tmpfs":
+            run("mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", base)
+            mounted.append(base)
+        else:
+            with image.open("wb") as file:
+                file.truncate(400 << 20)
+            run(*(["mkfs.xfs", "-q"] if kind == "xfs" else ["mkfs.ext4", "-q", "-F", "-b", "4096"]), image)
+            run("mount", "-o", "loop", image, base)
+            mounted.append(base)
+        lower = base / "lower"
+        lower.mkdir()
+        if kind == "overlay":
+            for name in ("bottom", "upper", "work", "merged"):
+                (base / name).mkdir()
+            merged = base / "merged"
+            layers = f"lowerdir={base}/bottom,upperdir={base}/upper,workdir={base}/work"
+            run("mount", "-t", "overlay", "overlay", "-o", layers, merged)
+            mounted.append(merged)
+            lower = merged
+        lower.chmod(0o755)
+        yield lower
+    finally:
+        for path in reversed(mounted):
+            # A test that failed may have left something open.
+            if subprocess.run(["umount", path], capture_output=True, check=False).returncode != 0:
+                run("umount", "-l", path)
+        image.unlink(missing_ok=True)
+
+
+def has(program_name: str) -> bool:
+    return shutil.which(program_name) is not None
