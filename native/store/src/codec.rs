@@ -1,8 +1,5 @@
 //! Encoding pages: same-filled, LZ4 or raw, and the checksum that goes with a page.
 
-use std::cell::RefCell;
-
-use lz4_flex::block::{compress_into_with_table, decompress_into, CompressTable};
 use tmem_wire::PAGE_BYTES;
 
 /// A page's content.
@@ -14,13 +11,8 @@ pub const STORE_RAW_ABOVE: usize = 3840;
 /// et al., "Software-Defined Far Memory in Warehouse-Scale Computers", ASPLOS 2019).
 pub const REFUSE_ABOVE: usize = 2990;
 
-/// Room that [`compress`] needs, bytes.
-pub const BLOCK_MAX: usize = 4608;
-const _: () = assert!(BLOCK_MAX >= lz4_flex::block::get_maximum_output_size(PAGE_BYTES));
-
-thread_local! {
-    static TABLE: RefCell<CompressTable> = RefCell::new(CompressTable::small());
-}
+/// Room for the longest block that is stored.
+pub const BLOCK_MAX: usize = STORE_RAW_ABOVE;
 
 /// Low half of the page's XXH3-64.
 pub fn checksum(page: &Page) -> u32 {
@@ -52,12 +44,13 @@ pub fn fill(word: u64, page: &mut Page) {
     }
 }
 
-/// Compress into `out`; the length of the block. `None` cannot happen with room enough.
-pub fn compress(page: &Page, out: &mut [u8; BLOCK_MAX]) -> Option<usize> {
-    TABLE.with_borrow_mut(|table| compress_into_with_table(page, out, table).ok())
+/// Compress into `out`; the length of the block, `None` if it would be longer than `out`. Stops as soon as it is. The
+/// hash table of the compressor is this thread's and is not cleared for every page.
+pub fn compress(page: &Page, out: &mut [u8]) -> Option<usize> {
+    lzzzz::lz4::compress(page, out, lzzzz::lz4::ACC_LEVEL_DEFAULT).ok().filter(|&bytes| bytes > 0)
 }
 
 /// Decompress a block; whether it made exactly a page. Bounds are checked: the block may be a guest's.
 pub fn decompress(block: &[u8], page: &mut Page) -> bool {
-    matches!(decompress_into(block, page), Ok(PAGE_BYTES))
+    lzzzz::lz4::decompress(block, page).is_ok_and(|bytes| bytes == PAGE_BYTES)
 }

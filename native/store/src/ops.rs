@@ -108,13 +108,13 @@ impl Store {
         if let Some(word) = codec::same_filled(page) {
             return self.place(pool, key, Encoding::SameFilled, &word.to_le_bytes(), sum);
         }
-        let compressed = match encoding {
-            Encoding::Lz4 => Some(payload),
-            _ => codec::compress(page, block).map(|bytes| &block[..bytes]),
-        };
         let limit = match self.incompressible {
             Incompressible::StoreRaw => codec::STORE_RAW_ABOVE,
             Incompressible::Refuse => codec::REFUSE_ABOVE,
+        };
+        let compressed = match encoding {
+            Encoding::Lz4 => Some(payload),
+            _ => codec::compress(page, &mut block[..limit]).map(|bytes| &block[..bytes]),
         };
         match compressed.filter(|compressed| compressed.len() <= limit) {
             Some(compressed) => self.place(pool, key, Encoding::Lz4, compressed, sum),
