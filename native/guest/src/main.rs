@@ -35,7 +35,7 @@ fn main() -> ExitCode {
     });
     let done = match cli.command {
         Command::Fs(args) => fs::run(args),
-        Command::Swap(args) => swap::run(args),
+        Command::Swap(args) => swap::run(&args),
         Command::Ping(args) => ping::run(&args),
     };
     match done {

@@ -20,7 +20,7 @@ const STEP: Duration = Duration::from_secs(5);
 /// Host pages asked for after a reconnect to learn whether the host still has them.
 const PROBES: usize = 8;
 /// How often a host that stays away is mentioned.
-const REMIND: Duration = Duration::from_secs(60);
+const REMIND: Duration = Duration::from_secs(90);
 
 /// The bell that lanes ring when they want a connection.
 #[derive(Debug, Default)]
@@ -35,12 +35,10 @@ impl Bell {
         self.heard.notify_one();
     }
 
-    /// Wait until it rings, at most this long.
-    fn wait(&self, most: Duration) {
+    /// Wait until it rings.
+    fn wait(&self) {
         let rung = self.rung.lock().unwrap_or_else(PoisonError::into_inner);
-        let (mut rung, _) =
-            self.heard.wait_timeout_while(rung, most, |rung| !*rung).unwrap_or_else(PoisonError::into_inner);
-        *rung = false;
+        *self.heard.wait_while(rung, |rung| !*rung).unwrap_or_else(PoisonError::into_inner) = false;
     }
 }
 
@@ -61,7 +59,7 @@ impl Connector {
         loop {
             let Some(post) = self.posts.iter().find(|post| post.wants_connection.load(Ordering::Acquire))
             else {
-                self.bell.wait(Duration::from_secs(3600));
+                self.bell.wait();
                 continue;
             };
             match self.connect() {

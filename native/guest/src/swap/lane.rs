@@ -37,8 +37,6 @@ pub(super) struct Post {
     connection: Mutex<Option<Connection>>,
     /// The lane has no connection and wants one.
     pub(super) wants_connection: AtomicBool,
-    /// The lane shall end as soon as nothing is under way.
-    stop: AtomicBool,
 }
 
 impl Post {
@@ -47,7 +45,6 @@ impl Post {
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             connection: Mutex::new(None),
             wants_connection: AtomicBool::new(true),
-            stop: AtomicBool::new(false),
         }))
     }
 
@@ -61,12 +58,6 @@ impl Post {
     pub(super) fn deliver(&self, connection: Connection) {
         self.wants_connection.store(false, Ordering::Release);
         *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = Some(connection);
-        self.wake();
-    }
-
-    /// End the lane.
-    pub(super) fn stop(&self) {
-        self.stop.store(true, Ordering::Release);
         self.wake();
     }
 }
@@ -142,7 +133,7 @@ impl<F: Front> Lane<F> {
         Ok(Lane { setup, core, hands, front, over: false })
     }
 
-    /// Serve until the device is gone, or until [`Post::stop`].
+    /// Serve until the device is gone.
     pub(super) fn run(mut self) -> io::Result<()> {
         self.watch();
         self.front.start(&mut context(&mut self.hands, &self.setup));
@@ -157,8 +148,7 @@ impl<F: Front> Lane<F> {
                 self.broken(&why);
                 continue;
             }
-            let stopping = self.over || self.setup.post.stop.load(Ordering::Acquire);
-            if stopping && self.core.is_idle() {
+            if self.over && self.core.is_idle() {
                 self.core.disconnected(&mut self.hands);
                 self.hands.host.drop_connection();
                 return self.settle();
@@ -238,9 +228,10 @@ impl<F: Front> Lane<F> {
             Source::Front => self.front_event(token, result),
             Source::File => {
                 let Token { slot, at, pages, .. } = token;
-                let ok = result == i32::from(pages) * PAGE_BYTES as i32;
+                let ok = usize::try_from(result) == Ok(usize::from(pages) * PAGE_BYTES);
                 if !ok {
-                    self.file_failed(result);
+                    let errno = if result < 0 { -result } else { libc::ENOSPC };
+                    log::error!("swap file: a transfer failed: {}", io::Error::from_raw_os_error(errno));
                 }
                 self.core.file_done(&mut self.hands, slot.into(), at.into(), pages.into(), ok);
             }
@@ -257,11 +248,6 @@ impl<F: Front> Lane<F> {
                 self.watch();
             }
         }
-    }
-
-    fn file_failed(&self, result: i32) {
-        let error = io::Error::from_raw_os_error(if result < 0 { -result } else { libc::ENOSPC });
-        log::error!("swap file: a transfer failed: {error}");
     }
 
     fn front_event(&mut self, token: Token, result: i32) {

@@ -16,6 +16,8 @@
 //! | [`protect`] | memory locking and the other protections |
 //! | `control` | the local control socket |
 //! | `service` | the serving process |
+//! | `keeper` | its parent, which keeps the table and starts it again if it dies |
+//! | `signals` | signals as something to wait for |
 
 mod connector;
 mod control;
@@ -23,12 +25,14 @@ pub mod core;
 pub mod file;
 mod front;
 mod host;
+mod keeper;
 mod lane;
 pub mod page;
 pub mod protect;
 mod ring;
 mod service;
 pub mod shared;
+mod signals;
 pub mod table;
 
 use std::error::Error;
@@ -38,6 +42,9 @@ use std::str::FromStr;
 use tmem_wire::PAGE_BYTES;
 
 use crate::link::Endpoint;
+use front::ublk::device::Driver;
+use service::Service;
+use shared::Shared;
 
 /// How the device reaches the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -147,11 +154,17 @@ fn ready(device: &str) {
 }
 
 /// Serve the device until it is taken away.
-pub fn run(args: Args) -> Result<(), Box<dyn Error>> {
-    let missing = protect::protect(args.require_protection)?;
+pub fn run(args: &Args) -> Result<(), Box<dyn Error>> {
+    protect::protect(args.require_protection)?;
     let file = file::prepare(&args.file, args.pages)?;
-    let shared = shared::Shared::map(args.pages)?;
-    service::Service::new(&args, shared, file, missing)?.run()
+    let shared = Shared::map(args.pages)?;
+    // Locks are not inherited, so the serving process takes its protections again.
+    let service = || Service::new(args, shared, &file, protect::protect(args.require_protection)?);
+    match &args.device {
+        Device::Serve(path) => Ok(service()?.serve_socket(path)?),
+        Device::Ublk => keeper::keep(shared, || Ok(service()?.serve_ublk(&mut Driver::open()?)?)),
+        Device::Auto | Device::Nbd => Err("no NBD yet".into()),
+    }
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -16,11 +17,14 @@ use super::connector::{Bell, Connector};
 use super::control::{listen, Control};
 use super::core::Options;
 use super::front::nbd::{handshake, Nbd};
+use super::front::ublk::device::{Driver, Ublk};
+use super::front::ublk::Queue;
 use super::front::Front;
 use super::lane::{Lane, Post, Setup};
 use super::protect::{is_io_flusher, Protection};
 use super::shared::Shared;
-use super::{Args, Device};
+use super::signals::{send, Signals};
+use super::Args;
 
 /// Threads need little; whatever they have is locked into memory.
 const STACK_BYTES: usize = 96 * 1024;
@@ -29,7 +33,7 @@ const STACK_BYTES: usize = 96 * 1024;
 pub(super) struct Service<'a> {
     pub(super) args: &'a Args,
     pub(super) shared: Shared,
-    pub(super) file: File,
+    pub(super) file: &'a File,
     pub(super) missing: Vec<Protection>,
     posts: Vec<Arc<Post>>,
     bell: Arc<Bell>,
@@ -39,7 +43,7 @@ impl<'a> Service<'a> {
     pub(super) fn new(
         args: &'a Args,
         shared: Shared,
-        file: File,
+        file: &'a File,
         missing: Vec<Protection>,
     ) -> io::Result<Service<'a>> {
         let posts = (0..args.queues).map(|_| Post::new()).collect::<io::Result<_>>()?;
@@ -100,6 +104,7 @@ impl<'a> Service<'a> {
                 log::error!("lane {number} failed: {error}");
                 std::process::exit(1);
             }
+            send(std::process::id() as libc::pid_t, libc::SIGUSR1);
         })
     }
 
@@ -131,7 +136,7 @@ impl<'a> Service<'a> {
                     post: post.clone(),
                     connector: template.connector.clone(),
                 };
-                post.wants_connection.store(true, std::sync::atomic::Ordering::Release);
+                post.wants_connection.store(true, Ordering::Release);
                 bell.ring();
                 let front = Nbd::new(OwnedFd::from(client), args_depth);
                 if let Err(error) = Lane::new(setup, front).and_then(Lane::run) {
@@ -147,12 +152,78 @@ impl<'a> Service<'a> {
         Ok(())
     }
 
-    /// Serve the device that was asked for until it is gone.
-    pub(super) fn run(&self) -> Result<(), Box<dyn Error>> {
-        match &self.args.device {
-            Device::Serve(path) => self.serve_socket(path),
-            Device::Auto | Device::Ublk | Device::Nbd => Err("not yet".into()),
+    /// Serve a ublk device: a new one, or the one whose server died.
+    pub(super) fn serve_ublk(&self, driver: &mut Driver) -> Result<(), Box<dyn Error>> {
+        let signals = Signals::block(&[libc::SIGTERM, libc::SIGINT, libc::SIGUSR1])?;
+        let Args { pages, queues, depth, .. } = *self.args;
+        let recovered = self.take_over();
+        let device = match recovered {
+            Some(number) => driver.recover(number)?,
+            None => driver.add(pages, queues, depth)?,
+        };
+        self.shared.state.device.store(device.number() + 1, Ordering::Release);
+        let path = device.path().display().to_string();
+        let lanes = self.ublk_lanes(device).and_then(|lanes| {
+            self.start(path.clone())?;
+            driver.start(device, recovered.is_some())?;
+            Ok(lanes)
+        });
+        let lanes = match lanes {
+            Ok(lanes) => lanes,
+            Err(error) if recovered.is_none() => {
+                // Nobody uses it yet: leave nothing behind. The first error is the one to tell.
+                self.shared.state.device.store(0, Ordering::Release);
+                let _ = driver.stop(device);
+                return Err(error.into());
+            }
+            Err(error) => return Err(error.into()),
+        };
+        super::ready(&path);
+        loop {
+            match signals.wait() {
+                // A lane ended: the device was taken away by somebody else.
+                libc::SIGUSR1 => break,
+                _ => match device.claim()? {
+                    Some(_claimed) => {
+                        driver.stop(device)?;
+                        break;
+                    }
+                    None => log::error!(
+                        "{path} is in use, so it stays: swapoff {path} first, then stop this again"
+                    ),
+                },
+            }
         }
+        for lane in lanes {
+            if lane.join().is_err() {
+                return Err("a lane panicked".into());
+            }
+        }
+        driver.delete(device)?;
+        log::info!("{path} is removed");
+        Ok(())
+    }
+
+    fn ublk_lanes(&self, device: Ublk) -> io::Result<Vec<JoinHandle<()>>> {
+        let (node, depth) = (Arc::new(device.open()?), self.args.depth);
+        (0..self.args.queues)
+            .map(|number| {
+                let node = node.clone();
+                self.lane(number.into(), move || Queue::new(node, number, depth))
+            })
+            .collect()
+    }
+
+    /// If there is a device whose server died: bring the table in order and tell the device's number.
+    fn take_over(&self) -> Option<u32> {
+        let number = self.shared.state.device.load(Ordering::Acquire).checked_sub(1)?;
+        let held = self.shared.table.release_all();
+        // What the dead process sent may still arrive; its keys are not used again.
+        self.shared.next_epoch();
+        self.shared.state.sweep_wanted.store(true, Ordering::Release);
+        self.shared.state.connected.store(0, Ordering::Relaxed);
+        log::info!("taking over a device whose server died; {held} pages were being moved");
+        Some(number)
     }
 }
 

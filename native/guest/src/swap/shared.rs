@@ -101,6 +101,7 @@ impl Shared {
         // SAFETY: page-aligned, large enough, all zero, which is a valid value for atomics; never unmapped.
         let state = unsafe { &*base.cast::<State>() };
         // SAFETY: as above; the table starts after the state, on a multiple of 64 bytes.
+        #[allow(clippy::cast_ptr_alignment)]
         let table = unsafe {
             std::slice::from_raw_parts(base.cast::<u8>().add(table_at).cast::<AtomicU32>(), pages as usize)
         };

@@ -242,7 +242,7 @@ impl Core {
 
     /// Whether reclaim has something to do soon.
     pub fn is_reclaiming(&self) -> bool {
-        self.lane == 0 && self.session.is_some() && self.tidy.is_reclaiming(&self.shared)
+        self.lane == 0 && self.session.is_some() && self.reclaim_left() > 0
     }
 
     /// A connection is there.

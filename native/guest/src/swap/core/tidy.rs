@@ -62,10 +62,6 @@ impl Tidy {
         shared.state.sweep_wanted.store(true, Ordering::Release);
         self.orphans_due = Some(now + ORPHANS_AFTER);
     }
-
-    pub(super) fn is_reclaiming(&self, shared: &Shared) -> bool {
-        shared.state.reclaim_left.load(Ordering::Relaxed) > 0
-    }
 }
 
 impl Core {
@@ -77,10 +73,14 @@ impl Core {
         self.sweep(io, now);
         self.earn_credit(now);
         for s in self.front..self.front + MOVERS {
-            if self.slots[s].job == Job::Idle && self.tidy.is_reclaiming(&self.shared) {
+            if self.slots[s].job == Job::Idle && self.reclaim_left() > 0 {
                 self.start_move(io, s);
             }
         }
+    }
+
+    pub(super) fn reclaim_left(&self) -> u64 {
+        self.shared.state.reclaim_left.load(Ordering::Relaxed)
     }
 
     fn age_pages(&mut self, now: Instant) {

@@ -6,6 +6,7 @@
 //! | [`nbd`] | a connection of an NBD device, to the kernel or to any other NBD client |
 
 pub(super) mod nbd;
+pub(super) mod ublk;
 
 use super::core::Request;
 use super::ring::{Buffers, Ring, Token};
