@@ -1,0 +1,21 @@
+"""Virtual machines: images, libvirt domains, the way into a guest.
+
+| module | holds |
+|---|---|
+| `kvm` | whether this host can run guests on KVM, and why not |
+| `libvirtd` | a connection to libvirtd, started first where no init system did |
+| `definition` | what an image is made of, read from `images/NAME/image.toml` |
+| `images` | the cache of built images: build, find, list |
+| `rootfs` | Debian root file systems through mmdebstrap |
+| `initramfs` | cpio archives: the boot stage, and the layer with tmem's own programs |
+| `payload` | tmem's guest part as files, from the built wheel |
+| `transport` | how vsock reaches a VM: kernel device, tmemd's own device, vhost-device-vsock |
+| `hybrid` | hybrid vsock sockets: `CONNECT port`, and listening for the guest |
+| `domain` | a VM as libvirt XML |
+| `state` | what is recorded of a VM under /run/tmem/vm/NAME |
+| `machine` | up, down, list: everything a VM owns, in order, and undone in reverse |
+| `ssh` | commands in a guest, through SSH over vsock |
+| `console` | the last lines a guest wrote |
+
+`machine.up` is the way in; the rest is usable by itself.
+"""
