@@ -19,6 +19,7 @@ from tmem_native import Engine, EngineError
 from tmem_host.api.types import Policy, Pool, PoolId, Recovery, Status, Vm, VmChange, VmSpec
 from tmem_host.config import TmemdConfig
 from tmem_host.errors import ExitCode, OperatorError
+from tmem_host.service import keeper
 from tmem_host.service.reclaim import Reclaimer, Use
 from tmem_host.service.registry import Entry, Registry
 from tmem_host.units import format_size
@@ -402,6 +403,10 @@ class Lender:
 
     def _add(self, name: str, entry: Entry) -> None:
         spec = entry.spec
+        if spec.vhost_user_socket is not None:
+            # Before the device starts: it may have to take over from a tmemd that died.
+            keeper_socket = Path(self._config.sockets.admin).parent / "keeper.sock"
+            self.engine.use_keeper(str(keeper.ensure(keeper_socket)))
         self.engine.add_vm(
             name,
             quota_bytes=entry.quota_bytes,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use tmem_store::{Store, StoreConfig, VmLimits};
 use tmem_wire::pages::{write_keys, PutWriter, GET_ENTRY_BYTES, KEY_BYTES, PUT_ENTRY_BYTES};
 use tmem_wire::{
-    Encoding, Features, Header, HelloRequest, Key, Op, PoolCreate, PoolKind, Role, HEADER_BYTES,
+    Encoding, Features, Header, HelloRequest, Key, Op, PoolCreate, PoolKind, PutStatus, Role, HEADER_BYTES,
     MAX_BODY_BYTES, PAGE_BYTES, VERSION,
 };
 
@@ -243,7 +243,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
 /// Bytes of a request and an answer of raw pages.
 fn wire_bytes(work: Work, batch: usize) -> (usize, usize) {
     match work {
-        Work::Get => (HEADER_BYTES + batch * KEY_BYTES, HEADER_BYTES + batch * (GET_ENTRY_BYTES + PAGE_BYTES)),
+        Work::Get => {
+            (HEADER_BYTES + batch * KEY_BYTES, HEADER_BYTES + batch * (GET_ENTRY_BYTES + PAGE_BYTES))
+        }
         Work::Put => (HEADER_BYTES + batch * (PUT_ENTRY_BYTES + PAGE_BYTES), HEADER_BYTES + batch),
     }
 }
@@ -268,10 +270,15 @@ pub(crate) struct StoreArguments {
 pub(crate) fn run_store(arguments: &StoreArguments) -> Result<(), Failure> {
     let capacity_bytes = 512 << 20;
     let (store, _) = Store::open(&StoreConfig::memfd(capacity_bytes))?;
-    let limits =
-        VmLimits { quota_bytes: capacity_bytes, min_bytes: 0, weight: 100, persistent_max_bytes: capacity_bytes };
+    let limits = VmLimits {
+        quota_bytes: capacity_bytes,
+        min_bytes: 0,
+        weight: 100,
+        persistent_max_bytes: capacity_bytes,
+    };
     let vm = store.add_vm("bench", &limits)?;
-    let pool = store.create_pool(vm, &PoolCreate::private(PoolKind::Ephemeral { exclusive: false }, "bench"))?;
+    let pool =
+        store.create_pool(vm, &PoolCreate::private(PoolKind::Ephemeral { exclusive: false }, "bench"))?;
     let pool = store.pool(vm, pool).ok_or("the pool is gone")?;
     let pages: Vec<[u8; PAGE_BYTES]> = (0..arguments.pages).map(|at| page(arguments.content, at)).collect();
     let put = |at: u32| store.put(&pool, &key(at), Encoding::Raw, &pages[at as usize], None);

@@ -71,7 +71,9 @@ impl Endpoint {
                 }
                 Ok(Box::new(stream))
             }
-            Endpoint::Vsock(cid, port) => Ok(Box::new(vsock::VsockStream::connect_with_cid_port(*cid, *port)?)),
+            Endpoint::Vsock(cid, port) => {
+                Ok(Box::new(vsock::VsockStream::connect_with_cid_port(*cid, *port)?))
+            }
         }
     }
 

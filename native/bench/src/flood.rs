@@ -43,6 +43,7 @@ pub(crate) struct Arguments {
 }
 
 /// Flood.
+#[allow(clippy::unnecessary_wraps)] // as the other commands
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let until = Instant::now() + Duration::from_secs_f64(arguments.seconds);
     let done: u64 = std::thread::scope(|scope| {
@@ -63,7 +64,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
             .collect();
         threads.into_iter().map(|thread| thread.join().unwrap_or(0)).sum()
     });
-    Report::default().text("what", "flood").text("way", &format!("{:?}", arguments.way)).number("done", done as f64).print();
+    Report::default()
+        .text("what", "flood")
+        .text("way", &format!("{:?}", arguments.way))
+        .number("done", done as f64)
+        .print();
     Ok(())
 }
 
@@ -93,10 +98,17 @@ fn once(arguments: &Arguments, until: Instant) -> Result<u64, Failure> {
             }
             Way::NeverRead => client.send(&frame)?,
             Way::HalfFrames => {
-                let head = Header { length: 1_000_000, count: 256, pool: client.pool, ..Header::request(Op::Put, 1) };
+                let head = Header {
+                    length: 1_000_000,
+                    count: 256,
+                    pool: client.pool,
+                    ..Header::request(Op::Put, 1)
+                };
                 client.send(&head.encode())?;
                 client.send(&[0; 1000])?;
-                std::thread::sleep(until.saturating_duration_since(Instant::now()).min(Duration::from_secs(1)));
+                std::thread::sleep(
+                    until.saturating_duration_since(Instant::now()).min(Duration::from_secs(1)),
+                );
             }
             Way::Garbage => {
                 client.send(&[0x5a; 4096])?;

@@ -1,6 +1,5 @@
 //! The same pages in Redis and memcached, over the same kind of socket, with the same number of values a request.
 
-
 use std::time::{Duration, Instant};
 
 use tmem_wire::PAGE_BYTES;
@@ -57,7 +56,9 @@ fn request(server: Server, work: Work, indices: &[u32]) -> Vec<u8> {
         (Server::Redis, Work::Get) => {
             out.extend(format!("*{}\r\n", indices.len() + 1).bytes());
             bulk(&mut out, b"MGET");
-            indices.iter().for_each(|index| bulk(&mut out, name(*index).as_bytes()));
+            for index in indices {
+                bulk(&mut out, name(*index).as_bytes());
+            }
         }
         (Server::Redis, Work::Put) => {
             out.extend(format!("*{}\r\n", 2 * indices.len() + 1).bytes());
@@ -69,7 +70,9 @@ fn request(server: Server, work: Work, indices: &[u32]) -> Vec<u8> {
         }
         (Server::Memcached, Work::Get) => {
             out.extend(b"get");
-            indices.iter().for_each(|index| out.extend(format!(" {}", name(*index)).bytes()));
+            for index in indices {
+                out.extend(format!(" {}", name(*index)).bytes());
+            }
             out.extend(b"\r\n");
         }
         (Server::Memcached, Work::Put) => {

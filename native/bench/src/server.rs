@@ -80,7 +80,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     for name in &arguments.vms {
         if let Ok(counters) = engine.endpoint_counters(name) {
             let report = Report::default().text("what", "counters").text("vm", name);
-            counters.into_iter().fold(report, |report, (name, value)| report.number(name, value as f64)).print();
+            counters
+                .into_iter()
+                .fold(report, |report, (name, value)| report.number(name, value as f64))
+                .print();
         }
     }
     Ok(())

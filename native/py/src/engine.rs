@@ -70,6 +70,15 @@ fn seconds(s: f64) -> Duration {
     Duration::try_from_secs_f64(s).unwrap_or(Duration::ZERO)
 }
 
+/// Run a keeper of vsock devices at `path`, until it has held nothing and nobody was connected for `linger_s`.
+#[pyfunction]
+#[pyo3(signature = (path, *, linger_s=5.0))]
+#[allow(clippy::needless_pass_by_value)] // as PyO3 gives it
+pub(crate) fn run_keeper(py: Python<'_>, path: PathBuf, linger_s: f64) -> PyResult<()> {
+    py.detach(|| tmem_host::vhost_user::keeper::run(&path, seconds(linger_s)))?;
+    Ok(())
+}
+
 /// Upper bounds of the buckets of `Engine.latencies`, seconds; the last is infinite.
 #[pyfunction]
 pub(crate) fn latency_bounds() -> Vec<f64> {
@@ -172,6 +181,21 @@ impl Engine {
         let limits = limits(quota_bytes, min_bytes, weight, persistent_max_bytes);
         py.detach(|| self.engine.add_vm(name, &spec, &limits)).map_err(engine_error)?;
         Ok(())
+    }
+
+    /// Let the keeper at `path` hold the vsock devices of VMs registered from now on, so that they outlive tmemd.
+    fn use_keeper(&self, path: PathBuf) {
+        self.engine.use_keeper(path);
+    }
+
+    /// What the endpoints of a VM have counted, by name.
+    fn endpoint_counters<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyDict>> {
+        let counters = py.detach(|| self.engine.endpoint_counters(name)).map_err(engine_error)?;
+        let dict = PyDict::new(py);
+        for (name, value) in counters {
+            dict.set_item(name, value)?;
+        }
+        Ok(dict)
     }
 
     /// Unregister a VM, destroy and scrub its pools; returns how many pages they held.

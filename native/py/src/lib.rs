@@ -18,7 +18,7 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _native {
     #[pymodule_export]
-    use crate::engine::{latency_bounds, Engine, EngineError};
+    use crate::engine::{latency_bounds, run_keeper, Engine, EngineError};
     #[pymodule_export]
     use crate::log::log_to_stderr;
     #[pymodule_export]

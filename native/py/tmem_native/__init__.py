@@ -27,6 +27,7 @@ from tmem_native._native import (
     encode_report,
     latency_bounds,
     log_to_stderr,
+    run_keeper,
 )
 
 __all__ = [
@@ -51,4 +52,5 @@ __all__ = [
     "encode_report",
     "latency_bounds",
     "log_to_stderr",
+    "run_keeper",
 ]
