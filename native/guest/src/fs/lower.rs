@@ -36,15 +36,8 @@ impl Lower {
     /// are seen through it.
     pub(crate) fn open(path: &Path) -> Result<Lower, Errno> {
         let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-        let root = match rustix::mount::open_tree(rustix::fs::CWD, path, clone) {
-            Err(Errno::NOTCONN) => {
-                // What an agent that was killed left behind.
-                log::warn!("{} is a dead mount, taking it away", path.display());
-                rustix::mount::unmount(path, UnmountFlags::DETACH)?;
-                rustix::mount::open_tree(rustix::fs::CWD, path, clone)
-            }
-            other => other,
-        };
+        clear_dead_mounts(path)?;
+        let root = rustix::mount::open_tree(rustix::fs::CWD, path, clone);
         let root = match root {
             Err(Errno::PERM | Errno::INVAL | Errno::NOSYS) => {
                 rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?
@@ -60,6 +53,16 @@ impl Lower {
         let flags = restrictions(rustix::fs::fstatvfs(&root)?.f_flag);
         Ok(Lower { root, stat, flags, reliable: RELIABLE.contains(&kind), fine_clock })
     }
+}
+
+/// Take away what agents that were killed left mounted at a path. Names and attributes of such a mount may still be
+/// cached, but statfs always asks.
+pub(crate) fn clear_dead_mounts(path: &Path) -> Result<(), Errno> {
+    while rustix::fs::statfs(path).is_err_and(|errno| errno == Errno::NOTCONN) {
+        log::warn!("{} is a dead mount, taking it away", path.display());
+        rustix::mount::unmount(path, UnmountFlags::DETACH)?;
+    }
+    Ok(())
 }
 
 fn restrictions(lower: StatVfsMountFlags) -> MountFlags {

@@ -20,7 +20,7 @@ use super::counters::Counters;
 use super::device::{self, Device};
 use super::handle::Handles;
 use super::inode::Inodes;
-use super::lower::Lower;
+use super::lower::{clear_dead_mounts, Lower};
 use super::status::{self, Names};
 use super::tree::{Tree, Trust};
 use super::watch::Watch;
@@ -259,10 +259,7 @@ fn open_lower(args: &Args) -> Result<(PathBuf, Lower), FsError> {
 fn check_mount(args: &Args, lower: &Path) -> Result<PathBuf, FsError> {
     let absolute = std::path::absolute(&args.mount)
         .map_err(|error| bad(&args.mount, error, "give a directory with --mount"))?;
-    if rustix::fs::stat(&absolute).is_err_and(|errno| errno == Errno::NOTCONN) {
-        log::warn!("{} is a dead mount, taking it away", absolute.display());
-        device::detach(&absolute).map_err(|errno| bad(&absolute, errno, "unmount it by hand"))?;
-    }
+    clear_dead_mounts(&absolute).map_err(|errno| bad(&absolute, errno, "unmount it by hand"))?;
     let mount = std::fs::canonicalize(&absolute)
         .map_err(|error| bad(&absolute, error, "create it, or give another with --mount"))?;
     if !mount.is_dir() {
