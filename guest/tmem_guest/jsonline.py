@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
+import struct
 from pathlib import Path
 from typing import cast
 
 import msgspec
 
 MAX_LINE_BYTES = 1 << 20
+_UCRED = struct.Struct("iII")  # pid, uid, gid: unix(7)
 
 
 def read_line(connection: socket.socket) -> bytes:
@@ -42,6 +44,16 @@ def ask(path: Path, request: dict[str, object] | None, timeout_s: float) -> dict
     if not isinstance(answer, dict):
         raise OSError(f"{path} answered {line[:80]!r}, no JSON object")
     return cast("dict[str, object]", answer)
+
+
+def listener(path: Path) -> int:
+    """Pid of the process that listens at `path`. Raises OSError if nobody does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(1.0)
+        connection.connect(str(path))
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid: int = _UCRED.unpack(credentials)[0]
+    return pid
 
 
 def integer(answer: dict[str, object], *path: str) -> int:

@@ -24,7 +24,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from tmem_guest import log
-from tmem_guest.child import Child, open_output
+from tmem_guest.child import Child, open_output, start_time
 from tmem_guest.errors import AgentError, ExitCode
 
 FIRST_DELAY_S = 0.2
@@ -108,6 +108,14 @@ class Service(threading.Thread, abc.ABC):
         del success
         return ""
 
+    def orphan(self) -> int:
+        """Pid of a process that serves already although no agent knows it; 0 if there is none."""
+        return 0
+
+    def is_vital(self) -> bool:
+        """Whether ending the process now would take something from the guest that it cannot do without."""
+        return False
+
     # For the daemon's threads.
 
     def adopt(self, pid: int, began: int) -> bool:
@@ -185,6 +193,10 @@ class Service(threading.Thread, abc.ABC):
     def _bring_up(self) -> None:
         """Start or adopt the process, wait until it is ready, put it to use. Raises AgentError."""
         self._change(State.STARTING)
+        if self._child is None and (orphan := self.orphan()):
+            log.warning(f"{self.name}: pid {orphan} serves already and is taken over")
+            with contextlib.suppress(OSError):  # it ended just now
+                self._child = Child.adopt(orphan, start_time(orphan))
         if self._child is None:
             self.clean()
             argv = self.command()
@@ -265,12 +277,13 @@ class Service(threading.Thread, abc.ABC):
     def _recover(self, error: AgentError, delay_s: float) -> None:
         """After a failure: clean up and wait for the next attempt."""
         self.last_error = str(error)
-        log.error(f"{error}; starting it again in {delay_s:g} s")
-        self._end_child()
-        try:
-            self.clean()
-        except AgentError as left:
-            log.error(f"{self.name}: {left}")
+        log.error(f"{error}; trying again in {delay_s:g} s")
+        if self._child is None or not self.is_vital():
+            self._end_child()
+            try:
+                self.clean()
+            except AgentError as left:
+                log.error(f"{self.name}: {left}")
         if not self._settled.is_set():
             self._first_error = error
         self._change(State.WAITING)
@@ -282,11 +295,15 @@ class Service(threading.Thread, abc.ABC):
                 raise _Stop
 
     def _end_child(self) -> None:
-        """Make sure the process is gone: wait, then ask, then force."""
+        """Make sure the process is gone: ask, then force; but leave it where it is vital."""
         child = self._child
         if child is None:
             return
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+            if number is signal.SIGKILL and self.is_vital():
+                log.error(f"{self.name}: pid {child.pid} does not end and is left running, for it is in use")
+                self._leave_child()
+                return
             child.signal(number)
             deadline = time.monotonic() + END_TIMEOUT_S
             while (left_s := deadline - time.monotonic()) > 0 and not select.select([child], [], [], 0)[0]:

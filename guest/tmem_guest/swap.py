@@ -17,6 +17,7 @@ SWAPOFF_TIMEOUT_S = 3600.0
 DEFAULT_PRIORITY = 100
 _OWN_XATTR = "trusted.tmem"  # marks a file that may be overwritten: this agent had it made
 _SWAPOFF_RETRY_S = 0.5
+_DEVICE_PREFIXES = ("/dev/ublkb", "/dev/nbd")
 _SHUTDOWN_TRIES = 60
 
 
@@ -135,12 +136,34 @@ class SwapService(Service):
         except OSError:
             return None
 
+    def orphan(self) -> int:
+        """The serving process, which listens on the control socket: it may outlive its keeper."""
+        try:
+            return jsonline.listener(self.control_socket)
+        except OSError:
+            return 0
+
+    def is_vital(self) -> bool:
+        """Whether the kernel swaps to the device: without its process every page there would be lost."""
+        try:
+            areas = pressure.read_swaps()
+        except OSError:
+            return True
+        if self.device:
+            return any(area.path == self.device for area in areas)
+        return any(area.path.startswith(_DEVICE_PREFIXES) for area in areas)  # not known yet: any may be it
+
     def is_ready(self) -> bool:
         """The control socket names a device, and the device is there."""
         counters = self.counters()
         device = counters.get("device") if counters is not None else None
         if not isinstance(device, str) or not Path(device).is_block_device():
             return False
+        if self.device not in ("", device) and self.area() is not None:
+            log.error(
+                f"the swap shim of {self.device} died and could not take it over: what was swapped there is "
+                f"lost, processes that need it hang. Reboot the guest"
+            )
         self.device = device
         return True
 
@@ -205,5 +228,5 @@ class SwapService(Service):
         return refused if missing > 0 else AgentError(f"swapoff {self.device} failed: {output}")
 
     def clean(self) -> None:
-        """Remove a dead process's socket. A device that is still on is the next process's to recover."""
+        """Remove a dead process's socket."""
         self.control_socket.unlink(missing_ok=True)

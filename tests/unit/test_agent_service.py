@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -13,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from tmem_guest import jsonline
 from tmem_guest.child import Child, start_time
 from tmem_guest.errors import AgentError, ExitCode
 from tmem_guest.service import Service, State
@@ -292,3 +295,49 @@ def test_supervision_survives_a_storm_of_kills(tmp_path: Path, services: list[Se
     stop.set()
     thread.join()
     until(lambda: service.state is State.UP, "it is up")
+
+
+class Orphaned(Served):
+    """A service that finds a process of its own already serving."""
+
+    found = 0
+
+    def orphan(self) -> int:
+        return self.found
+
+
+def test_a_process_that_serves_already_is_taken_over(tmp_path: Path, services: list[Served]) -> None:
+    (tmp_path / "served.ready").touch()
+    with subprocess.Popen(["/bin/sleep", "600"]) as process:
+        service = Orphaned(tmp_path)
+        service.found = process.pid
+        up(service, services)
+        assert (service.pid, service.starts) == (process.pid, 0)
+        service.found = 0
+        process.kill()
+    until(lambda: service.state is State.UP and service.starts == 1, "it has a process of its own")
+
+
+def test_a_vital_process_is_not_killed_for_being_slow(tmp_path: Path, services: list[Served]) -> None:
+    service = Served(tmp_path, "import time; time.sleep(600)")
+    service.ready_timeout_s = 0.2
+    service.is_vital = lambda: True  # type: ignore[method-assign]
+    services.append(service)
+    service.start()
+    with pytest.raises(AgentError, match="not ready within"):
+        service.wait_settled(DEADLINE_S)
+    pid = service.pid
+    until(lambda: service.state is State.STARTING, "it is waited for again")
+    service.ready_file.touch()
+    until(lambda: service.state is State.UP, "it is up")
+    assert (service.pid, service.starts) == (pid, 1)
+    service.is_vital = lambda: False  # type: ignore[method-assign]
+
+
+def test_the_listener_of_a_socket_is_known(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "s"))
+        listening.listen()
+        assert jsonline.listener(tmp_path / "s") == os.getpid()
+    with pytest.raises(OSError, match="refused"):
+        jsonline.listener(tmp_path / "s")
