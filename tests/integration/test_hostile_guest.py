@@ -1,4 +1,4 @@
-"""Guests that break the protocol, flood, or do not read: they are cut off and named in the log, and nobody else
+"""Guests that break the protocol, flood, or do not read: they are cut off and named in the log; nobody else
 notices."""
 
 from __future__ import annotations
