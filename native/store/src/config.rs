@@ -44,6 +44,9 @@ pub struct StoreConfig {
     pub capacity_bytes: u64,
     /// What happens to pages that do not compress.
     pub incompressible: Incompressible,
+    /// Whether pages are compressed here; [`crate::Store::set_compression`] changes it. Blocks that guests compressed
+    /// are stored as they are either way.
+    pub compression: bool,
     /// Bytes of a slab; `None` chooses by capacity. A power of two from 64 KiB to 2 MiB. Only for a new arena.
     pub slab_bytes: Option<u32>,
 }
@@ -55,6 +58,7 @@ impl StoreConfig {
             arena: ArenaBacking::Memfd,
             capacity_bytes,
             incompressible: Incompressible::default(),
+            compression: true,
             slab_bytes: None,
         }
     }

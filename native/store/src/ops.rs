@@ -108,6 +108,9 @@ impl Store {
         if let Some(word) = codec::same_filled(page) {
             return self.place(pool, key, Encoding::SameFilled, &word.to_le_bytes(), sum);
         }
+        if encoding != Encoding::Lz4 && !self.compression.load(Relaxed) {
+            return self.place(pool, key, Encoding::Raw, page, sum);
+        }
         let limit = match self.incompressible {
             Incompressible::StoreRaw => codec::STORE_RAW_ABOVE,
             Incompressible::Refuse => codec::REFUSE_ABOVE,

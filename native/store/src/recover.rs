@@ -1,7 +1,7 @@
 //! Opening an arena: formatting a new one, rebuilding everything volatile from an old one.
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::time::Instant;
 
 use parking_lot::{Mutex, RwLock};
@@ -67,6 +67,7 @@ impl Store {
             directory: RwLock::new(Directory::new(superblock.seed)),
             seed: superblock.seed,
             incompressible: config.incompressible,
+            compression: AtomicBool::new(config.compression),
             compactor: Mutex::new(()),
             commitments: Mutex::new(()),
             pages_evicted: AtomicU64::new(0),

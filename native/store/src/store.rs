@@ -2,8 +2,8 @@
 
 use std::os::fd::BorrowedFd;
 use std::path::Path;
-use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
@@ -26,6 +26,7 @@ pub struct Store {
     pub(crate) directory: RwLock<Directory>,
     pub(crate) seed: u64,
     pub(crate) incompressible: Incompressible,
+    pub(crate) compression: AtomicBool,
     /// Held by the one thread that compacts.
     pub(crate) compactor: Mutex<()>,
     /// Held while the sum of what is promised is looked at.
@@ -99,6 +100,12 @@ impl Store {
         let want = bytes.div_ceil(self.slab_bytes());
         let freed = self.punch_slabs(want.min(MAX_SLABS.into()) as u32);
         u64::from(freed) * self.slab_bytes()
+    }
+
+    /// Compress the pages that come in from now on, or store them raw. Raw pages cost their full size and next to no
+    /// time; pages stored already stay as they are.
+    pub fn set_compression(&self, on: bool) {
+        self.compression.store(on, Relaxed);
     }
 
     /// Register a VM; for a registered name, set its limits and answer the same id.

@@ -247,6 +247,20 @@ fn incompressible_pages_are_refused_by_configuration() {
 }
 
 #[test]
+fn compression_is_switched_at_run_time() {
+    let store = store(8);
+    let pool = pool(&store, vm(&store, "a"), PERSISTENT, "swap");
+    store.set_compression(false);
+    put(&store, &pool, &key(1), &page(1, 500));
+    assert_eq!(store.usage().payload_bytes, 4096);
+    store.set_compression(true);
+    put(&store, &pool, &key(2), &page(2, 500));
+    assert!(store.usage().payload_bytes < 4096 + 700);
+    assert_eq!(get(&store, &pool, &key(1)), Some(page(1, 500)));
+    assert_eq!(get(&store, &pool, &key(2)), Some(page(2, 500)));
+}
+
+#[test]
 fn a_quota_evicts_the_vms_own_ephemeral_pages_and_refuses_persistent_ones() {
     let store = store(32);
     let (a, b) = (vm(&store, "a"), vm(&store, "b"));

@@ -225,7 +225,7 @@ fn compare(arena: &Path, log: &Log, mib: u64) -> (u64, u64) {
     let (store, recovery) = Store::open(&config(arena, mib)).unwrap();
     let (vm, pools) = pools(&store);
     let (mut present, mut under_way, mut out) = (0, 0, Vec::new());
-    for pool in 0..POOLS.len() {
+    for (pool, pool_ref) in pools.iter().enumerate() {
         for thread in 0..THREADS {
             for index in 0..KEYS {
                 let (key, entry) = (key(thread, index), log.entry(pool, thread, index));
@@ -240,7 +240,7 @@ fn compare(arena: &Path, log: &Log, mib: u64) -> (u64, u64) {
                     }
                 }
                 out.clear();
-                let (status, encoding, _) = store.get(&pools[pool], &key, false, &mut out);
+                let (status, encoding, _) = store.get(pool_ref, &key, false, &mut out);
                 let version = check(pool, &key, status, encoding, &out, &allowed, pool != 0);
                 present += u64::from(version != ABSENT);
                 // The exclusive pool's page is out now.

@@ -141,12 +141,12 @@ fn apply(model: &mut Model, subject: &mut Subject, path: &Path, operation: &Oper
                 Encoding::None => assert_eq!(out.len(), 1),
                 Encoding::Raw => got.copy_from_slice(&out[1..]),
                 Encoding::SameFilled => {
-                    codec::fill(u64::from_le_bytes(out[1..].try_into().unwrap()), &mut got)
+                    codec::fill(u64::from_le_bytes(out[1..].try_into().unwrap()), &mut got);
                 }
                 Encoding::Lz4 => assert!(lz4 && codec::decompress(&out[1..], &mut got)),
             }
             if status == GetStatus::Hit {
-                let expected = expected.expect("a hit where nothing can be");
+                let expected = expected.unwrap();
                 assert!(got == page(expected) && sum == codec::checksum(&got));
                 if place.1 == 2 {
                     model.pages.remove(&(place, key));

@@ -91,11 +91,13 @@ fn an_arena_in_use_is_not_opened_twice() {
     open(&path);
 }
 
+/// Does something to an arena's bytes.
+type Damage = fn(&mut Vec<u8>);
+
 #[test]
 fn unusable_arenas_are_kept_aside_and_said_to_be() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("arena");
-    type Damage = fn(&mut Vec<u8>);
     let damage: [(&str, Damage); 4] = [
         ("version 99", |bytes| bytes[8..12].copy_from_slice(&99_u32.to_le_bytes())),
         ("does not begin like an arena", |bytes| bytes[..8].copy_from_slice(b"ELFELFEL")),

@@ -1,8 +1,8 @@
 //! Measures the store against the codec alone, and what it does with its memory. `bench/store.py` drives it and
 //! compares with other stores.
 //!
-//! `bench CORPUS [SECTION…]`, sections being `micro`, `threads`, `churn`, `recovery`, `traces`; prints one JSON object
-//! with the samples of every figure.
+//! `bench CORPUS [SECTION…]`, sections being `micro`, `threads`, `churn`, `recovery`, `traces`, `zram` (needs the
+//! device's path in `TMEM_BENCH_ZRAM`, and overwrites it); prints one JSON object with the samples of every figure.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a benchmark that cannot go on has failed
 
@@ -46,6 +46,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+type Section = fn(&[Page], &mut Samples);
 type Samples = BTreeMap<String, Vec<f64>>;
 
 fn main() {
@@ -58,11 +59,12 @@ fn main() {
         .filter(|page| codec::same_filled(page).is_none())
         .collect();
     let mut samples = Samples::new();
-    let all: [(&str, fn(&[Page], &mut Samples)); 5] = [
+    let all: [(&str, Section); 6] = [
         ("micro", micro),
         ("threads", threads),
         ("churn", churn),
         ("recovery", recovery),
+        ("zram", zram),
         ("traces", |_, samples| traces::run(samples)),
     ];
     for (name, section) in all {
@@ -298,4 +300,47 @@ fn recovery(pages: &[Page], samples: &mut Samples) {
         samples.entry("recovery_1gib_s".into()).or_default().push(start.elapsed().as_secs_f64());
     }
     let _ = std::fs::remove_file(&path);
+}
+
+/// Writes and reads of single pages on a zram device, past the page cache, against puts and gets.
+fn zram(pages: &[Page], samples: &mut Samples) {
+    use rustix::fs::{Mode, OFlags};
+    #[repr(align(4096))]
+    struct Aligned(Page);
+    const ROUND: usize = 256;
+    let Ok(path) = std::env::var("TMEM_BENCH_ZRAM") else { return };
+    let device = rustix::fs::open(path, OFlags::RDWR | OFlags::DIRECT, Mode::empty()).expect("zram device");
+    let (store, pool) = open(1 << 30, PoolKind::Persistent);
+    let mut buffer = Box::new(Aligned([0; 4096]));
+    let mut out = Vec::with_capacity(8192);
+    for pass in 0..4 {
+        for first in (0..pages.len() - ROUND).step_by(ROUND) {
+            let mut add = |name: &str, each: &mut dyn FnMut(usize)| {
+                let start = cpu_ns();
+                for index in first..first + ROUND {
+                    each(index);
+                }
+                if pass > 0 {
+                    samples.entry(name.into()).or_default().push((cpu_ns() - start) / ROUND as f64);
+                }
+            };
+            add("zram_write_ns", &mut |i| {
+                buffer.0 = pages[i];
+                assert_eq!(rustix::io::pwrite(&device, &buffer.0, i as u64 * 4096), Ok(4096));
+            });
+            add("zram_put_ns", &mut |i| {
+                buffer.0 = pages[i];
+                assert_eq!(store.put(&pool, &key(i), Encoding::Raw, &buffer.0, None), PutStatus::Stored);
+            });
+            add("zram_read_ns", &mut |i| {
+                assert_eq!(rustix::io::pread(&device, &mut buffer.0, i as u64 * 4096), Ok(4096));
+                black_box(&buffer.0);
+            });
+            add("zram_get_ns", &mut |i| {
+                out.clear();
+                assert_eq!(store.get(&pool, &key(i), false, &mut out).0, GetStatus::Hit);
+                black_box(&out);
+            });
+        }
+    }
 }

@@ -1,0 +1,248 @@
+"""The page store against its codec, zram, Redis, memcached, LRU and Belady's optimum.
+
+Prints a table and writes `build/bench/store.json` and `build/bench/store.svg`. What happens inside one process is
+measured by `native/store/examples/bench`, the sockets by `native/store/examples/load`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+from matplotlib import pyplot
+
+sys.path.insert(0, str(Path(__file__).parent))
+import corpus
+from record import DIRECTORY, Record, machine, publish, record
+from store_peers import Load, SkippedError, servers, zram_device
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "target" / "release" / "examples"
+ZRAM_BYTES = 256 << 20
+SOCKET_ROUNDS = 5
+
+Samples = dict[str, list[float]]
+
+
+def build() -> None:
+    """Build the measuring programs."""
+    command = ["cargo", "build", "--quiet", "--release", "-j2", "-p", "tmem-store", "--examples"]
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+def measure(pages: Path, *sections: str, zram: Path | None = None) -> Samples:
+    """Run sections of the example; all samples by name."""
+    environment = os.environ | ({"TMEM_BENCH_ZRAM": str(zram)} if zram else {})
+    output = subprocess.check_output([str(EXAMPLES / "bench"), str(pages), *sections], env=environment)
+    samples: Samples = json.loads(output)
+    return samples
+
+
+def paired(samples: Samples, ours: str, peer: str) -> float:
+    """Median of the ratios of samples taken right after each other."""
+    return statistics.median(a / b for a, b in zip(samples[ours], samples[peer], strict=True))
+
+
+def of_codec(samples: Samples) -> list[Record]:
+    """Put, get and same-filled pages against the codec alone."""
+    median = statistics.median
+
+    def compare(name: str, ours: str, peer: str, label: str, goal: float | None) -> Record:
+        return record(
+            name,
+            "ns",
+            median(samples[ours]),
+            peer=label,
+            peer_value=median(samples[peer]),
+            ratio=paired(samples, ours, peer),
+            goal=goal,
+            samples=len(samples[ours]),
+        )
+
+    same_filled = [value / 1000 for value in samples["put_same_filled_ns"]]
+    cold = ("cold_get_ns", "cold_codec_decompress_ns")
+    return [
+        compare("put_lz4_vs_codec", "put_ns", "codec_compress_ns", "LZ4 compression", 1.15),
+        compare("get_lz4_vs_codec", "get_ns", "codec_decompress_ns", "LZ4 decompression", 1.4),
+        compare("get_cold_lz4_vs_codec", *cold, "LZ4 decompression", None),
+        record("put_same_filled_us", "µs", median(same_filled), goal=0.4, samples=len(same_filled)),
+        record("get_as_lz4_ns", "ns", median(samples["get_lz4_ns"]), samples=len(samples["get_lz4_ns"])),
+        record("flush_ns", "ns", median(samples["flush_ns"]), samples=len(samples["flush_ns"])),
+    ]
+
+
+def of_threads(samples: Samples) -> Record:
+    """Two threads against one."""
+    one, two = samples["threads1_pages_per_s"], samples["threads2_pages_per_s"]
+    return record(
+        "threads2_speedup",
+        "put+get/s",
+        statistics.median(two),
+        peer="one thread",
+        peer_value=statistics.median(one),
+        ratio=statistics.median(b / a for a, b in zip(one, two, strict=True)),
+        better="higher",
+        goal=1.8,
+        samples=len(two),
+    )
+
+
+def of_memory(samples: Samples) -> list[Record]:
+    """Density after churn, metadata, recovery."""
+    recovery = samples["recovery_1gib_s"]
+    return [
+        record(
+            "payload_utilisation",
+            "of the arena",
+            samples["payload_utilisation"][0],
+            better="higher",
+            goal=0.92,
+        ),
+        record("metadata_bytes_per_page", "B", samples["metadata_bytes_per_page"][0], goal=48),
+        record("recovery_1gib_s", "s", statistics.median(recovery), goal=1.0, samples=len(recovery)),
+    ]
+
+
+def of_traces(samples: Samples) -> list[Record]:
+    """Hit ratios against LRU and the optimum."""
+    records = []
+    for key in sorted(samples):
+        trace = key.removeprefix("hit_ratio_")
+        if key == trace or trace.startswith(("lru_", "optimal_")):
+            continue
+        ours = samples[key][0]
+        for peer, name in (("lru", "LRU"), ("optimal", "Belady's optimum")):
+            value = samples[f"hit_ratio_{peer}_{trace}"][0]
+            records.append(
+                record(
+                    f"hit_ratio_vs_{peer}_{trace}", "hits", ours, peer=name, peer_value=value, better="higher"
+                )
+            )
+    return records
+
+
+def of_zram(pages: Path) -> list[Record]:
+    """Put and get against writes and reads of a zram device."""
+    with zram_device(ZRAM_BYTES) as device:
+        samples = measure(pages, "zram", zram=device)
+    return [
+        record(
+            name,
+            "ns",
+            statistics.median(samples[ours]),
+            peer="zram (lz4), direct I/O",
+            peer_value=statistics.median(samples[peer]),
+            ratio=paired(samples, ours, peer),
+            samples=len(samples[ours]),
+        )
+        for name, ours, peer in (
+            ("put_vs_zram", "zram_put_ns", "zram_write_ns"),
+            ("get_vs_zram", "zram_get_ns", "zram_read_ns"),
+        )
+    ]
+
+
+def of_sockets(pages: Path) -> list[Record]:
+    """The store over its socket against Redis and memcached over theirs."""
+    records = []
+    for mode in ("raw", "lz4"):
+        with tempfile.TemporaryDirectory(prefix="tmem-bench-") as directory:
+            values = pages
+            if mode == "raw":
+                values = Path(directory) / "values"
+                values.write_bytes(os.urandom(2048 * corpus.PAGE_BYTES))
+            load, rates, memory = Load(values, mode), defaultdict(list), {}
+            with servers(Path(directory)) as found:
+                for _ in range(SOCKET_ROUNDS):
+                    for server in found:
+                        for name, rate in load.run(EXAMPLES / "load", server).items():
+                            rates[name, server.name].append(rate)
+                memory = {server.name: server.memory_bytes() / load.pages for server in found}
+        goal = 2.0 if mode == "raw" else None
+        for operation in ("put", "get"):
+            medians = {name: statistics.median(rates[f"{operation}_per_s", name]) for name in memory}
+            ours = medians.pop("tmem")
+            best = max(medians, key=lambda name: medians[name])
+            records.append(
+                record(
+                    f"socket_{mode}_{operation}_vs_best_peer",
+                    "pages/s",
+                    ours,
+                    peer=f"{best}, {load.clients} clients, batches of {load.batch}",
+                    peer_value=medians[best],
+                    better="higher",
+                    goal=goal,
+                    samples=SOCKET_ROUNDS,
+                )
+            )
+        ours = memory.pop("tmem")
+        best = min(memory, key=lambda name: memory[name])
+        records.append(
+            record(f"socket_{mode}_memory_bytes_per_page", "B", ours, peer=best, peer_value=memory[best])
+        )
+    return records
+
+
+def draw(records: list[Record], samples: Samples) -> None:
+    """The figure: what a put and a get are made of, density over time, hit ratios."""
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.5))
+    names = [
+        "codec_compress_ns",
+        "put_ns",
+        "codec_decompress_ns",
+        "get_ns",
+        "get_lz4_ns",
+        "put_same_filled_ns",
+    ]
+    left.barh(
+        names[::-1], [statistics.median(samples[name]) / 1000 for name in names[::-1]], color="tab:blue"
+    )
+    left.set_xlabel("µs a page (CPU time, median)")
+    density = samples["payload_utilisation_over_time"]
+    middle.plot(range(1, len(density) + 1), density, marker="o")
+    middle.axhline(0.92, color="grey", linestyle="--")
+    middle.set_ylim(0.8, 1)
+    middle.set_xlabel("capacities overwritten")
+    middle.set_ylabel("payload / arena")
+    traces = sorted({each.name.rsplit("optimal_")[1] for each in records if "optimal_" in each.name})
+    for offset, (peer, label) in enumerate((("", "store"), ("lru_", "LRU"), ("optimal_", "Belady"))):
+        heights = [samples[f"hit_ratio_{peer}{trace}"][0] for trace in traces]
+        right.bar([at + offset * 0.27 for at in range(len(traces))], heights, 0.25, label=label)
+    right.set_xticks([at + 0.27 for at in range(len(traces))], traces)
+    right.set_ylabel("hit ratio")
+    right.legend()
+    figure.suptitle(machine())
+    figure.tight_layout()
+    figure.savefig(DIRECTORY / "store.svg")
+
+
+def main() -> None:
+    build()
+    records: list[Record] = []
+    with tempfile.TemporaryDirectory(prefix="tmem-corpus-") as directory:
+        pages = Path(directory) / "pages"
+        corpus.write(pages)
+        samples = measure(pages, "micro", "threads", "churn", "recovery", "traces")
+        records += of_codec(samples)
+        records.append(of_threads(samples))
+        records += of_memory(samples) + of_traces(samples)
+        for part in (of_zram, of_sockets):
+            try:
+                records += part(pages)
+            except SkippedError as reason:
+                print(f"skipped {part.__name__.removeprefix('of_')}: {reason}", file=sys.stderr)
+    publish("store", records)
+    draw(records, samples)
+
+
+if __name__ == "__main__":
+    main()
