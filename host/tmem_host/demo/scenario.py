@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 from tmem_host.api.types import Vm
@@ -20,13 +21,14 @@ from tmem_host.demo.stack import Stack
 from tmem_host.errors import OperatorError
 from tmem_host.vm.machine import Machine
 from tmem_host.workloads import fio, kernel, memory
-from tmem_host.workloads.shell import DATA, OnOutput, Shell, WorkloadError, checked, ensure_mounted
+from tmem_host.workloads.shell import DATA, OnOutput, Shell, WorkloadError, checked, ensure_mounted, finish
 
 _SWAP = "512M"
 _SUMS = "/run/tmem-demo.sums"
 _STEP_DEADLINE_S = 300.0
 _WORK_DEADLINE_S = 900.0
 _FILL_DEADLINE_S = 240.0
+_JOURNAL_DEADLINE_S = 60.0
 
 Work = Callable[[Shell, str, OnOutput], None]
 """Runs a workload, given the mount point; raises if it fails."""
@@ -113,12 +115,14 @@ class Guest:
 
     def play(self) -> VmReport:
         """Go through it all. Raises OperatorError if anything failed or any byte was wrong."""
-        part = self._part
         try:
             with self._machine.ssh() as shell, self._machine.ssh() as second:
-                return self._play(shell, second)
+                try:
+                    return self._play(shell, second)
+                finally:
+                    self._keep_journal(shell)
         except OperatorError as error:
-            error.vm = part.name
+            error.vm = self._part.name
             raise
         finally:
             # Whatever happened, nobody waits for this VM any longer.
@@ -157,6 +161,14 @@ class Guest:
             verified = verifier.result()
         self._progress.say(f"{part.name}: {verified.pages_verified} pages of memory verified, all intact")
         return self._report(seconds, at_end, self._look())
+
+    def _keep_journal(self, shell: Shell) -> None:
+        """Keep what the guest's kernel and agent logged, for whoever wants to know why it failed."""
+        with suppress(OperatorError):
+            text = finish(
+                shell, ["journalctl", "--boot", "--no-pager"], deadline_s=_JOURNAL_DEADLINE_S
+            ).stdout
+            (self._stack.logs / f"{self._part.name}.journal.log").write_text(text)
 
     def _phase(self, text: str) -> None:
         self._progress.phase(self._part.name, text)
