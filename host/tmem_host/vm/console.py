@@ -7,7 +7,7 @@ from pathlib import Path
 
 _FILE = "console.log"
 _PANIC = "Kernel panic - not syncing"
-_TAIL_BYTES = 32 << 10
+_TAIL_BYTES = 64 << 10
 _CONTROL = re.compile(
     r"\x1b(\[[0-9;?]*[a-zA-Z]|\][^\x07\x1b]*(\x07|\x1b\\)|[!()][0-9A-Za-z]|c)|[\x00-\x08\x0b-\x1f]"
 )

@@ -102,7 +102,7 @@ def _credentials(image: Image, public_key: str) -> dict[str, str]:
     if image.root is None:
         return {}
     plain = {
-        "ssh.ephemeral-authorized_keys-all": public_key + "\n",
+        "ssh.authorized_keys.root": public_key + "\n",
         "vmm.notify_socket": f"vsock-stream:{socket.VMADDR_CID_HOST}:{NOTIFY_PORT}",
     }
     return {name: base64.b64encode(value.encode()).decode() for name, value in plain.items()}
