@@ -42,12 +42,12 @@ class Definition(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     root_size: str | None = None
     """Size of the root disk; without, the file system is in memory."""
     data_size: str = "2G"
-    """Size of the data disk, where tmem's lower file system and swap file are."""
+    """Size of the data disk, for tmem's lower file system and swap file."""
     payload: Payload | None = None
 
 
 def definitions_directory() -> Path:
-    """Where the image definitions are: in a checkout its `images/`, otherwise beside the installed package."""
+    """Where the image definitions are: in a checkout its `images/`, otherwise beside the package."""
     for parent in (Path(__file__).parents[3] / "images", Path(__file__).parents[2] / "tmem_images"):
         if parent.is_dir():
             return parent

@@ -17,7 +17,7 @@ Xml.register_namespace("tmem", _TMEM_NAMESPACE)
 
 @dataclass(frozen=True)
 class DiskLimits:
-    """What a disk may do in a second; `None` is unlimited. On a fast host, this is how a slow disk is made."""
+    """What a disk may do in a second; `None` is unlimited. This is how a fast disk is made slow."""
 
     read_iops: int | None = None
     write_iops: int | None = None
@@ -147,8 +147,8 @@ def _add_vsock(root: Xml.Element, devices: Xml.Element, transport: Transport) ->
         vsock = _add(devices, "vsock", model="virtio")
         _add(vsock, "cid", auto="no", address=str(transport.cid))
         return
-    # libvirt has no element for vhost-user-vsock, and does not know of the slot: one that it would use last. The
-    # port of its own lets the device be unplugged.
+    # libvirt has no element for vhost-user-vsock, and does not know of the slot: one that it would use last.
+    # The port of its own lets the device be unplugged.
     command = _add(root, f"{{{_QEMU_NAMESPACE}}}commandline")
     for argument in (
         "-chardev",
@@ -162,8 +162,8 @@ def _add_vsock(root: Xml.Element, devices: Xml.Element, transport: Transport) ->
 
 
 def _add_security(root: Xml.Element, models: tuple[str, ...]) -> None:
-    # QEMU must reach the sockets and disks of the VM's directory, which are root's; the host's own configuration
-    # of libvirt stays as it is.
+    # QEMU must reach the sockets and disks of the VM's directory, which are root's; the host's own
+    # configuration of libvirt stays as it is.
     for model in models:
         if model == "dac":
             label = _add(root, "seclabel", type="static", model="dac", relabel="no")

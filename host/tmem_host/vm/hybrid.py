@@ -1,7 +1,7 @@
-"""Hybrid vsock sockets: how vhost-device-vsock, tmemd, Firecracker and Cloud Hypervisor show vsock to the host.
+"""Hybrid vsock sockets: how vhost-device-vsock, tmemd and Firecracker show vsock to the host.
 
-To reach port P of a guest, connect to the VM's socket, write `CONNECT P\\n`, and read `OK n\\n`. What the guest sends
-to port P of the host arrives at the unix socket `<socket>_P`.
+To reach port P of a guest, connect to the VM's socket, write `CONNECT P\\n`, and read `OK n\\n`. What the
+guest sends to port P of the host arrives at the unix socket `<socket>_P`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ def connect(path: Path, port: int, timeout_s: float, *, vm: str | None = None) -
         stream.settimeout(timeout_s)
         stream.connect(str(path))
         stream.sendall(b"CONNECT %d\n" % port)
-        if not _read_answer(stream).startswith(b"OK "):
-            raise ConnectionRefusedError
+        _read_answer(stream)
     except TimeoutError as error:
         stream.close()
         raise OperatorError(
@@ -45,7 +44,7 @@ def connect(path: Path, port: int, timeout_s: float, *, vm: str | None = None) -
     return stream
 
 
-def _read_answer(stream: socket.socket) -> bytes:
+def _read_answer(stream: socket.socket) -> None:
     # Byte by byte: what follows the line belongs to the guest's service.
     answer = b""
     while not answer.endswith(b"\n") and len(answer) < _ANSWER_LIMIT:
@@ -53,7 +52,8 @@ def _read_answer(stream: socket.socket) -> bytes:
         if not byte:
             break
         answer += byte
-    return answer
+    if not answer.startswith(b"OK "):
+        raise ConnectionRefusedError
 
 
 def listen(path: Path, port: int) -> socket.socket:

@@ -86,7 +86,7 @@ def build(name: str, *, force: bool = False, progress: Progress = lambda _: None
 
 
 def get(name: str) -> Image:
-    """A built image, with the layer of tmem's own programs brought up to date. NOT_FOUND if it is not built."""
+    """A built image, its layer of tmem's own programs brought up to date. NOT_FOUND if it is not built."""
     definition = definitions.load(name)
     path = _path(name)
     if not path.is_dir():
@@ -131,7 +131,7 @@ def _build(definition: definitions.Definition, base: str, target: Path, progress
     free = shutil.disk_usage(cache).free
     if free < _LEAST_FREE_BYTES:
         raise OperatorError(
-            f"building an image needs {_LEAST_FREE_BYTES >> 30} GiB of free disk, {cache} has {free >> 20} MiB",
+            f"an image needs {_LEAST_FREE_BYTES >> 30} GiB of free disk, and {cache} has {free >> 20} MiB",
             hint=f"free space there, or set {_ENVIRONMENT} to another directory",
             code=ExitCode.NO_SPACE,
         )

@@ -1,7 +1,8 @@
 """Initramfs archives in the kernel's own format (newc cpio), and the kernel modules that go into them.
 
-The kernel unpacks several archives one after the other into the same tree. That is used for layers: the boot stage
-is built with the image, tmem's own programs come as a second archive that is rebuilt in a moment when they change.
+The kernel unpacks several archives one after the other into the same tree. That is used for layers: the boot
+stage is built with the image, tmem's own programs come as a second archive that is rebuilt in a moment when
+they change.
 """
 
 from __future__ import annotations
@@ -20,18 +21,26 @@ _MAGIC = b"070701"
 _TRAILER = "TRAILER!!!"
 
 
+@dataclass(frozen=True)
+class _Entry:
+    mode: int
+    """With the type's bits."""
+    data: bytes = b""
+    device: tuple[int, int] = (0, 0)
+
+
 @dataclass
 class Archive:
     """A tree in memory, written as one cpio archive. Paths are absolute in the guest; parents are made."""
 
-    _entries: dict[str, tuple[int, bytes, tuple[int, int]]] = field(default_factory=dict)
+    _entries: dict[str, _Entry] = field(default_factory=dict)
 
     def directory(self, path: str, mode: int = 0o755) -> None:
         """Add a directory and its parents; nothing happens if it is there."""
         name = _name(path)
         if name and name not in self._entries:
             self.directory(str(PurePosixPath("/", name).parent))
-            self._entries[name] = (stat.S_IFDIR | mode, b"", (0, 0))
+            self._entries[name] = _Entry(stat.S_IFDIR | mode)
 
     def file(self, path: str, data: bytes, mode: int = 0o644) -> None:
         """Add a regular file owned by root; replaces one of the same path."""
@@ -58,30 +67,28 @@ class Archive:
 
     def write(self, out: BinaryIO) -> None:
         """Write the archive, padded so that another one may follow. OSError if the disk is full."""
-        for inode, (name, (mode, data, device)) in enumerate(self._entries.items(), start=1):
-            _write_entry(out, inode, name, mode, data, device)
-        _write_entry(out, 0, _TRAILER, 0, b"", (0, 0))
+        for inode, (name, entry) in enumerate(self._entries.items(), start=1):
+            _write_entry(out, inode, name, entry)
+        _write_entry(out, 0, _TRAILER, _Entry(0))
         out.write(b"\0" * (-out.tell() % 512))
 
     def _add(self, path: str, mode: int, data: bytes, device: tuple[int, int] = (0, 0)) -> None:
         name = _name(path)
         self.directory(str(PurePosixPath("/", name).parent))
-        self._entries[name] = (mode, data, device)
+        self._entries[name] = _Entry(mode, data, device)
 
 
 def _name(path: str) -> str:
     return str(PurePosixPath("/", path)).lstrip("/")
 
 
-def _write_entry(
-    out: BinaryIO, inode: int, name: str, mode: int, data: bytes, device: tuple[int, int]
-) -> None:
+def _write_entry(out: BinaryIO, inode: int, name: str, entry: _Entry) -> None:
     encoded = name.encode() + b"\0"
-    links = 2 if stat.S_ISDIR(mode) else 1
-    fields = (inode, mode, 0, 0, links, 0, len(data), 0, 0, *device, len(encoded), 0)
+    links = 2 if stat.S_ISDIR(entry.mode) else 1
+    fields = (inode, entry.mode, 0, 0, links, 0, len(entry.data), 0, 0, *entry.device, len(encoded), 0)
     header = _MAGIC + b"".join(b"%08X" % value for value in fields)
     out.write(header + encoded + b"\0" * (-(len(header) + len(encoded)) % 4))
-    out.write(data + b"\0" * (-len(data) % 4))
+    out.write(entry.data + b"\0" * (-len(entry.data) % 4))
 
 
 def kernel_version(root: Path) -> str:
@@ -97,8 +104,8 @@ def kernel_version(root: Path) -> str:
 def add_modules(archive: Archive, root: Path, boot: Iterable[str], more: Iterable[str] = ()) -> None:
     """Add kernel modules, uncompressed, with what they depend on and with what `modprobe` needs to find them.
 
-    `/modules.order` lists the paths of the `boot` modules in the order in which `insmod` must load them. Names
-    that are built into the kernel are skipped; a name that is neither raises OperatorError.
+    `/modules.order` lists the paths of the `boot` modules in the order in which `insmod` must load them.
+    Names that are built into the kernel are skipped; a name that is neither raises OperatorError.
     """
     version = kernel_version(root)
     base = root / "usr/lib/modules" / version

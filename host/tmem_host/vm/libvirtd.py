@@ -33,9 +33,9 @@ _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 30.0
 _POLL_S = 0.05
 _PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
-# As root, because nothing has made /dev/kvm accessible to libvirt's own user here: libvirt would find that it may
-# use KVM but that QEMU may not, and examine QEMU again before every step. Without virtlogd, which would be one more
-# process to start.
+# As root, because nothing has made /dev/kvm accessible to libvirt's own user here: libvirt would find that it
+# may use KVM but that QEMU may not, and examine QEMU again before every step. Without virtlogd, which would
+# be one more process to start.
 _QEMU_CONFIGURATION = 'user = "root"\ngroup = "root"\nstdio_handler = "file"\n'
 # The packages make these in their service units or by systemd-tmpfiles, which did not run here.
 _DIRECTORIES = ("/run/libvirt", "/var/log/libvirt/qemu", "/var/cache/libvirt/qemu", "/var/lib/libvirt/qemu")
@@ -128,7 +128,7 @@ def _ensure() -> None:
 
 
 def stop_if_idle() -> None:
-    """Stop the libvirtd that `ensure` started, unless a VM is still there. One of somebody else's is left alone."""
+    """Stop the libvirtd that was started here, unless it is in use. Somebody else's is left alone."""
     if not _RECORD.exists():
         return
     with _USERS.open("w") as users:

@@ -145,7 +145,7 @@ def up(request: VmRequest, progress: Progress = lambda _: None) -> Machine:
     """Bring a VM up and wait until it is ready; whatever fails, nothing of it is left.
 
     Raises OperatorError: NOT_FOUND (image unknown or not built), CONFLICT (name or CID taken), UNAVAILABLE
-    (libvirtd, tmemd or the transport missing), TIMEOUT (not ready; the last console lines are in the message).
+    (libvirtd, tmemd or the transport missing), TIMEOUT (not ready; the message has the last console lines).
     """
     state.check_name(request.name)
     image = images.get(request.image)

@@ -1,4 +1,4 @@
-"""tmem's own programs for a guest, taken from the installed distribution: no image is rebuilt when they change."""
+"""tmem's own programs for a guest, from the installed distribution: no image is rebuilt when they change."""
 
 from __future__ import annotations
 
@@ -78,7 +78,13 @@ def _agent_script() -> bytes:
     module, _, function = "tmem_guest.main:main".partition(":")
     for entry in metadata.entry_points(group="console_scripts", name="tmem-agent"):
         module, function = entry.module, entry.attr
-    return f"#!/usr/bin/python3\nimport sys\n\nfrom {module} import {function}\n\nsys.exit({function}())\n".encode()
+    lines = (
+        "#!/usr/bin/python3",
+        "import sys",
+        f"from {module} import {function}",
+        f"sys.exit({function}())",
+    )
+    return "".join(f"{line}\n" for line in lines).encode()
 
 
 def _package_files() -> Iterator[tuple[str, Path]]:

@@ -1,4 +1,4 @@
-"""Processes that outlive the command that started them: recorded by pid and start time, ended without mistakes."""
+"""Processes that outlive the command that started them, recorded by pid and start time."""
 
 from __future__ import annotations
 

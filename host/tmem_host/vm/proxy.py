@@ -1,4 +1,4 @@
-"""`python -m tmem_host.vm.proxy VM PORT`: stdin and stdout to a vsock port of a VM, as OpenSSH's ProxyCommand."""
+"""`python -m tmem_host.vm.proxy VM PORT`: stdin and stdout to a vsock port of a VM, for OpenSSH."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waiting for a guest that starts: it says by itself when it is ready, and its console says why if it never is."""
+"""Waiting for a guest that starts: it says when it is ready, and its console why it never is."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _READ_TIMEOUT_S = 1.0
 def wait_for_ready(
     recorded: VmState, notifications: socket.socket, connection: libvirt.virConnect, deadline: float
 ) -> None:
-    """Wait until the guest says that it is ready. TIMEOUT, UNAVAILABLE (it died), with its last console lines."""
+    """Wait until the guest says that it is ready. TIMEOUT, UNAVAILABLE (it died), with its last lines."""
     while b"READY=1" not in _next_notification(notifications, recorded):
         _check_alive(recorded, connection)
         if time.monotonic() > deadline:
@@ -40,7 +40,8 @@ def _next_notification(notifications: socket.socket, recorded: VmState) -> bytes
     with stream:
         if recorded.transport == "vhost-vsock" and address[0] != recorded.cid:
             return b""
-        # One packet, and then the guest waits for us to close: its half-close does not get through every transport.
+        # One packet, and then the guest waits for us to close: its half-close does not get through every
+        # transport.
         stream.settimeout(_READ_TIMEOUT_S)
         try:
             return stream.recv(4096)

@@ -42,7 +42,7 @@ class VmRequest:
     register: Registration | None = field(default_factory=Registration)
     """`None`: tmemd does not hear of it."""
     wait: WaitFor | None = None
-    """What `up` waits for; `None`: the agent if the image has one and the VM is registered, else readiness."""
+    """What `up` waits for; `None`: the agent if there is one and the VM is registered, else readiness."""
     deadline_s: float = 180.0
     """For all of `up`, building the image aside."""
     data_limits: DiskLimits = _UNLIMITED

@@ -26,8 +26,8 @@ OnOutput = Callable[[Literal["stdout", "stderr"], bytes], None]
 _HANDSHAKE_TIMEOUT_S = 60.0
 _CHUNK_BYTES = 32 << 10
 _KILL_AFTER_S = 2
-# vhost-device-vsock loses packets of more than 32 KiB from the guest, and sshd writes as much at once as the window
-# lets it.
+# vhost-device-vsock loses packets of more than 32 KiB from the guest, and sshd writes as much at once as the
+# window lets it.
 _WINDOW_BYTES = 32 << 10
 _PACKET_BYTES = 16 << 10
 
@@ -54,7 +54,7 @@ def make_key(path: Path) -> str:
 
 
 class GuestShell:
-    """An SSH connection to a guest; runs any number of commands, also several at once from several threads."""
+    """An SSH connection to a guest; runs any number of commands, also several at once (threads)."""
 
     def __init__(self, stream: socket.socket, key: Path, host_key: str, vm: str) -> None:
         """Log in as root over a stream to the guest's SSH port; the stream is owned from now on.
@@ -117,9 +117,9 @@ class GuestShell:
     ) -> int:
         """Run a command to its end and return its exit code (128 + N if signal N ended it).
 
-        `command` is a shell line, or an argument vector passed on as it is. Output is handed to `on_output` as it
-        comes. When `deadline_s` has passed, the command is killed in the guest and OperatorError TIMEOUT is
-        raised; UNAVAILABLE if the connection breaks, for instance because the guest went down.
+        `command` is a shell line, or an argument vector passed on as it is. Output is handed to `on_output`
+        as it comes. When `deadline_s` has passed, the command is killed in the guest and OperatorError
+        TIMEOUT is raised; UNAVAILABLE if the connection breaks, for instance because the guest went down.
         """
         line = command if isinstance(command, str) else shlex.join(command)
         guest_limit_s = int(deadline_s) + 1

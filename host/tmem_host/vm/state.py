@@ -116,7 +116,7 @@ def exclusive() -> Iterator[None]:
 
 
 def choose_cid(wanted: int | None, taken: dict[int, str]) -> int:
-    """The CID asked for, or the lowest free one. `taken` maps CIDs to the VMs that have them; CONFLICT, USAGE."""
+    """The CID asked for, or the lowest free one. `taken` maps CIDs to VMs; CONFLICT, USAGE."""
     if wanted is None:
         cid = _FIRST_CID
         while cid in taken:
