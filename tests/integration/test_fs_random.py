@@ -25,6 +25,8 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 NAMES = [f"f{n}" for n in range(12)]
 DIRECTORIES = ["", "d1", "d2", "d1/d3"]
 LARGEST = 600_000
+REPORT_S = 0.03
+"""After this, a change behind the mount was reported."""
 
 
 class Pair:
@@ -83,7 +85,7 @@ class Pair:
         self.both(f"write {name} {at}+{len(data)}", action)
 
     def behind(self) -> None:
-        """Change the lower directory itself."""
+        """Change the lower directory itself. An open sees that at once, everything else once it is reported."""
         name, at = self.name(), self.chance.randrange(LARGEST)
         data = self.chance.randbytes(self.chance.choice([1, 5000]))
         told = []
@@ -97,6 +99,9 @@ class Pair:
             os.close(fd)
         self.log.append(f"behind {name} {at}+{len(data)}")
         assert told[0] == told[1]
+        if self.chance.random() < 0.5:
+            self.both(f"read all of {name}", lambda root: (root / name).read_bytes())
+        time.sleep(REPORT_S)
 
     def read(self) -> None:
         name, at = self.name(), self.chance.randrange(LARGEST)

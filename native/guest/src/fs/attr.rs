@@ -38,7 +38,8 @@ fn stamp(seconds: u64, nanoseconds: i64) -> Timespec {
 }
 
 impl Tree {
-    fn reply_attr(&self, call: &mut Call, stat: &Statx) {
+    fn reply_attr(&self, call: &mut Call, inode: &Inode, stat: &Statx) {
+        self.note_told(inode, stat);
         call.reply(&AttrOut {
             attr_valid: self.trust.lifetime.as_secs(),
             attr_valid_nsec: self.trust.lifetime.subsec_nanos(),
@@ -50,7 +51,7 @@ impl Tree {
     pub(crate) fn getattr(&self, call: &mut Call) -> Done {
         let inode = self.target(call)?;
         let _: GetattrIn = call.args.take()?;
-        self.reply_attr(call, &stat_fd(&inode.fd)?);
+        self.reply_attr(call, &inode, &stat_fd(&inode.fd)?);
         Ok(())
     }
 
@@ -58,6 +59,7 @@ impl Tree {
         let inode = self.target(call)?;
         let _: StatxIn = call.args.take()?;
         let stat = stat_fd(&inode.fd)?;
+        self.note_told(&inode, &stat);
         call.reply(&StatxOut {
             attr_valid: self.trust.lifetime.as_secs(),
             attr_valid_nsec: self.trust.lifetime.subsec_nanos(),
@@ -89,7 +91,7 @@ impl Tree {
         let inode = self.target(call)?;
         let asked: SetattrIn = call.args.take()?;
         self.change(&inode, || self.set(call, &inode, &asked))?;
-        self.reply_attr(call, &stat_fd(&inode.fd)?);
+        self.reply_attr(call, &inode, &stat_fd(&inode.fd)?);
         Ok(())
     }
 

@@ -1,5 +1,6 @@
 //! What the kernel's page cache and tmem may hold of a file, and what a change does to that.
 
+use rustix::fs::Statx;
 use rustix::io::Errno;
 
 use super::inode::Inode;
@@ -31,6 +32,7 @@ impl Tree {
         let after = stat_fd(&inode.fd).ok().map(|stat| Version::of(&stat));
         let mut content = inode.content.lock();
         content.changes -= 1;
+        content.told = after;
         if content.changes == 0 && content.cached.is_some() {
             content.cached = after.filter(|version| self.trusted(version));
         }
@@ -52,6 +54,18 @@ impl Tree {
         let keep = content.cached.as_ref() == Some(now);
         content.cached = Some(*now).filter(|version| self.trusted(version));
         keep
+    }
+
+    /// The kernel is being told a file's attributes.
+    pub(crate) fn note_told(&self, inode: &Inode, stat: &Statx) {
+        if inode.kind == libc::S_IFREG {
+            inode.content.lock().told = Some(Version::of(stat));
+        }
+    }
+
+    /// Whether the size and times that the kernel knows of a file that is being opened are of another version.
+    pub(crate) fn is_told_old(&self, inode: &Inode, now: &Version) -> bool {
+        !self.trust.lifetime.is_zero() && inode.content.lock().told.as_ref() != Some(now)
     }
 
     /// A file was created through the mount: the kernel has no pages of it yet.

@@ -51,7 +51,12 @@ impl Tree {
             return Ok(());
         }
         let fd = open()?;
-        let keep = self.may_keep(&inode, &Version::of(&stat_fd(&fd)?));
+        let now = Version::of(&stat_fd(&fd)?);
+        let keep = self.may_keep(&inode, &now);
+        if self.is_told_old(&inode, &now) {
+            // A reader must not stop at the size of before. ENOENT: the kernel does not keep attributes of it.
+            let _ = call.device.invalidate_inode(inode.node, -1);
+        }
         self.reply_open(call, inode, fd, keep);
         Ok(())
     }

@@ -41,6 +41,8 @@ impl Identity {
 pub(crate) struct Content {
     /// The version whose pages the kernel's page cache may hold; `None` makes the next open drop them.
     pub(crate) cached: Option<Version>,
+    /// The version whose size and times the kernel was told last.
+    pub(crate) told: Option<Version>,
     /// The object that pages were put under last, to be flushed once the file changes.
     pub(crate) object: Option<tmem_wire::ObjectId>,
     /// Changes through the mount that are under way.

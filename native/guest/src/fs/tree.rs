@@ -119,6 +119,7 @@ impl Tree {
 
     /// The answer that tells the kernel of an inode.
     pub(crate) fn entry(&self, inode: &Inode, stat: &Statx) -> EntryOut {
+        self.note_told(inode, stat);
         EntryOut {
             nodeid: inode.node,
             generation: 0,
