@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -18,17 +17,16 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 import pytest
+from framework.daemon import ROOT, Tmemd
+from integration.fs_mount import program
 from tmem_guest import mounts
 from tmem_guest.child import start_time
 from tmem_guest.errors import ExitCode
-from tmem_host.api.client import Client
-from tmem_host.api.types import VmChange, VmSpec
-from tmem_host.errors import OperatorError
-from tmem_host.vm import payload
+from tmem_host.api.types import VmChange
 
 T = TypeVar("T")
 DEADLINE_S = 20.0
-QUOTA_BYTES = 64 << 20
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "guest")}
 PAGES = 512  # of the file that is read
 
 pytestmark = pytest.mark.skipif(
@@ -45,16 +43,17 @@ def until(probe: Callable[[], T], what: str) -> T:
     return answer
 
 
-class Program:
-    """A daemon of ours and its log."""
+class Agent:
+    """`tmem-agent run` and its log."""
 
-    def __init__(self, argv: list[str], log: Path) -> None:
-        self.log = log
+    def __init__(self, config: Path, log: Path) -> None:
+        self._log = log
         self._output: IO[bytes] = log.open("ab")
-        self.process = subprocess.Popen([sys.executable, *argv], stdout=self._output, stderr=self._output)
+        argv = [sys.executable, "-m", "tmem_guest.main", "run", f"--config={config}"]
+        self.process = subprocess.Popen(argv, env=ENVIRONMENT, stdout=self._output, stderr=self._output)
 
     def said(self, text: str) -> bool:
-        return text in self.log.read_text()
+        return text in self._log.read_text()
 
     def kill(self) -> None:
         self.process.kill()
@@ -70,55 +69,37 @@ class Program:
 
 
 class Stack:
-    """A tmemd with one VM, and that VM's agent, both as processes."""
+    """A tmemd with one VM, `a`, and that VM's agent, to be started."""
 
-    def __init__(self, directory: Path, data: Path) -> None:
-        self.directory = directory
+    def __init__(self, tmemd: Tmemd, data: Path) -> None:
+        self.tmemd = tmemd
         self.data = data
-        self.admin = directory / "admin.sock"
-        self.config = directory / "agent.toml"
+        self.runtime = tmemd.directory / "run"
+        self.config = tmemd.directory / "agent.toml"
+        self.log = tmemd.directory / "agent.log"
+        self.agent: Agent | None = None
         self.configure("")
-        self.tmemd: Program | None = None
-        self.agent: Program | None = None
 
     def configure(self, more: str) -> None:
         """Write agent.toml, with `more` at its end."""
         self.config.write_text(
-            f'endpoint = "unix:{self.directory}/vm/guest/vsock.sock_29805"\n'
-            f'runtime_directory = "{self.directory}/run"\n'
-            f'tmem_guest = "{payload.binary()}"\n'
+            f'endpoint = "unix:{self.tmemd.vm_socket("a")}"\n'
+            f'runtime_directory = "{self.runtime}"\n'
+            f'tmem_guest = "{program()}"\n'
             f"report_interval_s = 0.1\n{more}"
         )
 
-    def client(self) -> Client:
-        return Client(self.admin)
-
-    def start_tmemd(self) -> None:
-        argv = ["-c", "from tmem_host.service.main import main; main()", "--memfd", "--capacity=256M"]
-        argv += [f"--admin-socket={self.admin}", f"--vm-directory={self.directory}/vm"]
-        argv += [f"--state-directory={self.directory}/state"]
-        self.tmemd = Program(argv, self.directory / "tmemd.log")
-
-        def register() -> bool:
-            try:
-                with self.client() as client:
-                    client.add_vm("guest", VmSpec(quota_bytes=QUOTA_BYTES))
-            except OperatorError:
-                return False
-            return True
-
-        until(register, "tmemd takes the VM")
-
-    def start_agent(self) -> Program:
-        argv = ["-m", "tmem_guest.main", "run", f"--config={self.config}"]
-        self.agent = Program(argv, self.directory / "agent.log")
+    def start_agent(self) -> Agent:
+        self.agent = Agent(self.config, self.log)
         until(lambda: self.run("status").returncode == 0, "the agent answers")
         return self.agent
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """A command of tmem-agent."""
         argv = [sys.executable, "-m", "tmem_guest.main", f"--config={self.config}", *arguments]
-        return subprocess.run(argv, capture_output=True, text=True, timeout=DEADLINE_S * 3, check=False)
+        return subprocess.run(
+            argv, env=ENVIRONMENT, capture_output=True, text=True, timeout=DEADLINE_S * 3, check=False
+        )
 
     def status(self) -> dict[str, dict[str, object]]:
         done = self.run("status", "--json")
@@ -148,28 +129,23 @@ class Stack:
 
 
 @pytest.fixture
-def stack() -> Iterator[Stack]:
+def stack(tmemd: Tmemd) -> Iterator[Stack]:
     """A running tmemd, and an agent to be started; everything is taken away afterwards."""
-    # Short paths, for sockets; the data on a disk, for tmpfs tells no change times that a cache can rely on.
-    directory = Path(tempfile.mkdtemp(prefix="tmem-"))
-    data = Path(tempfile.mkdtemp(prefix="tmem-", dir="/var/tmp"))
-    made = Stack(directory, data)
+    # On a disk, for tmpfs tells no change times that a cache can rely on.
+    data = Path(tempfile.mkdtemp(prefix="tm-", dir="/var/tmp"))
+    made = Stack(tmemd, data)
     try:
-        made.start_tmemd()
         yield made
     finally:
-        left_behind = [mount.path for mount in mounts.table() if mount.path.startswith(str(data))]
         if made.agent is not None and made.agent.process.poll() is None:
             made.agent.end()
+        left_behind = [mount.path for mount in mounts.table() if mount.path.startswith(str(data))]
         for path in left_behind:
-            with contextlib.suppress(OSError):
-                mounts.detach(path)
-        if made.tmemd is not None:
-            made.tmemd.end()
-        for log in sorted(directory.glob("*.log")):
-            print(f"--- {log.name}\n{log.read_text()}")
-        shutil.rmtree(directory)
+            mounts.detach(path)
+        if made.log.exists():
+            print(made.log.read_text())
         shutil.rmtree(data)
+        assert not left_behind
 
 
 def fill(path: Path) -> str:
@@ -205,13 +181,13 @@ def test_a_mount_serves_files_and_the_host_hears_of_it(stack: Stack) -> None:
         until(lambda: "% hits" in stack.run("status").stdout, "the status shows a hit ratio")
 
         def reported() -> bool:
-            with stack.client() as client:
-                report = client.vm("guest").report
+            with stack.tmemd.admin() as client:
+                report = client.vm("a").report
             return report is not None and report.cache_hit_pages + report.cache_miss_pages >= PAGES
 
         until(reported, "the host has the counters")
-    with stack.client() as client:
-        report = client.vm("guest").report
+    with stack.tmemd.admin() as client:
+        report = client.vm("a").report
     assert report is not None
     assert report.mem_total_bytes > report.mem_available_bytes > 0
 
@@ -231,7 +207,7 @@ def test_a_mount_elsewhere_and_from_the_configuration(stack: Stack) -> None:
     assert checksum(stack.data / "at/file") == expected
     assert agent.end() == 0
     assert mounts.at(f"{stack.data}/at") is None
-    assert not list((stack.directory / "run").glob("*.sock"))
+    assert not list(stack.runtime.glob("*.sock"))
 
 
 def test_a_killed_file_cache_is_mounted_again(stack: Stack) -> None:
@@ -353,20 +329,18 @@ def test_the_host_comes_and_goes(stack: Stack) -> None:
     agent = stack.start_agent()
     assert stack.run("mount", str(stack.data)).returncode == 0
     until(stack.connected, "the host is connected")
-    assert stack.tmemd is not None
     stack.tmemd.kill()
     until(lambda: not stack.connected(), "the host is missed")
     assert "is not connected" in stack.run("status").stdout
     drop(stack.data / "file")
     assert checksum(stack.data / "file") == expected
-    stack.start_tmemd()
+    stack.tmemd.start()
     until(stack.connected, "the host is connected again")
     assert agent.said("lost the host")
 
 
 def test_without_a_host_the_agent_is_ready_and_says_so(stack: Stack) -> None:
-    assert stack.tmemd is not None
-    stack.tmemd.end()
+    stack.tmemd.kill()
     stack.configure(f'[[mount]]\ndirectory = "{stack.data}"\n')
     expected = fill(stack.data / "file")
     agent = stack.start_agent()
@@ -378,12 +352,12 @@ def test_without_a_host_the_agent_is_ready_and_says_so(stack: Stack) -> None:
 def test_notices_reach_the_agent(stack: Stack) -> None:
     agent = stack.start_agent()
     until(stack.connected, "the host is connected")
-    with stack.client() as client:
-        client.change_vm("guest", VmChange(quota_bytes=32 << 20))
+    with stack.tmemd.admin() as client:
+        client.change_vm("a", VmChange(quota_bytes=32 << 20))
         until(lambda: agent.said("quota is now 32 MiB"), "the quota is announced")
-        client.change_vm("guest", VmChange(frozen=True))
+        client.change_vm("a", VmChange(frozen=True))
         until(lambda: stack.status()["host"]["frozen"], "the guest knows that it is frozen")
-        client.change_vm("guest", VmChange(frozen=False))
+        client.change_vm("a", VmChange(frozen=False))
         until(lambda: not stack.status()["host"]["frozen"], "the guest knows that it is thawed")
     assert stack.status()["host"]["quota_bytes"] == 32 << 20
 
@@ -398,7 +372,7 @@ def test_one_agent_at_a_time(stack: Stack) -> None:
 
 def test_commands_are_for_root(stack: Stack) -> None:
     stack.start_agent()
-    assert (stack.directory / "run/agent.sock").stat().st_mode & 0o777 == 0o600
+    assert (stack.runtime / "agent.sock").stat().st_mode & 0o777 == 0o600
 
 
 def test_garbage_on_the_command_socket_harms_nobody(stack: Stack) -> None:
@@ -408,7 +382,7 @@ def test_garbage_on_the_command_socket_harms_nobody(stack: Stack) -> None:
     for line in (b"\xff\xfe\n", b"[]\n", b'{"command": 3}\n', b'{"command": "mount"}\n', b"{" * 4096 + b"\n"):
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(DEADLINE_S)
-            connection.connect(str(stack.directory / "run/agent.sock"))
+            connection.connect(str(stack.runtime / "agent.sock"))
             connection.sendall(line)
             assert b'"error"' in connection.recv(65536), line
     assert stack.run("status").returncode == 0
