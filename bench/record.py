@@ -19,8 +19,8 @@ DIRECTORY = Path(__file__).resolve().parents[1] / "build" / "bench"
 class Record:
     """One figure beside its peer's.
 
-    `ours` and `peer_value` are in `unit`; `ratio` is ours / peer_value, or `ours` where there is no peer. `goal`
-    is what `ratio` is to reach, in the direction of `better`; `None` where none was set.
+    `ours` and `peer_value` are in `unit`; `ratio` is ours / peer_value, or `ours` where there is no peer.
+    `goal` is what `ratio` is to reach, in the direction of `better`; `None` where none was set.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """The page store against its codec, zram, Redis, memcached, LRU and Belady's optimum.
 
-Prints a table and writes `build/bench/store.json` and `build/bench/store.svg`. What happens inside one process is
-measured by `native/store/examples/bench`, the sockets by `native/store/examples/load`.
+Prints a table and writes `build/bench/store.json` and `build/bench/store.svg`. What happens inside one
+process is measured by `native/store/examples/bench`, the sockets by `native/store/examples/load`.
 """
 
 from __future__ import annotations

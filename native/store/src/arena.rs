@@ -188,14 +188,17 @@ impl Arena {
     /// Take host memory for a slab that has none. Zeroed. Fails rather than being killed by SIGBUS later.
     pub(crate) fn back(&self, slab: u32) -> std::io::Result<()> {
         let (offset, bytes) = (self.slab_offset(slab) as u64, self.slab_bytes as u64);
-        Ok(rustix::fs::fallocate(&self.fd, FallocateFlags::empty(), offset, bytes)?)
+        // A signal may interrupt tmpfs while it allocates.
+        Ok(rustix::io::retry_on_intr(|| {
+            rustix::fs::fallocate(&self.fd, FallocateFlags::empty(), offset, bytes)
+        })?)
     }
 
     /// Give a slab's memory back to the host.
     pub(crate) fn punch(&self, slab: u32) -> std::io::Result<()> {
         let (offset, bytes) = (self.slab_offset(slab) as u64, self.slab_bytes as u64);
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        Ok(rustix::fs::fallocate(&self.fd, flags, offset, bytes)?)
+        Ok(rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.fd, flags, offset, bytes))?)
     }
 
     /// Map a slab's pages at once instead of one fault at a time. Only a matter of speed.

@@ -397,6 +397,8 @@ impl Store {
         if pool.is_persistent() {
             pool.vm.persistent.release(charged);
             pool.vm.persistent_pages.release(1);
+        } else {
+            pool.vm.ephemeral_pages.release(1);
         }
         pool.vm.used.release(charged);
     }
@@ -406,6 +408,9 @@ impl Store {
         count(&stored.pages, 1);
         count(&stored.bytes, slot_bytes.into());
         count(&stored.payload_bytes, payload as u64);
+        if !pool.is_persistent() {
+            pool.vm.ephemeral_pages.charge(1);
+        }
         match encoding {
             Encoding::SameFilled => count(&stored.same_filled, 1),
             Encoding::Raw => count(&stored.raw, 1),

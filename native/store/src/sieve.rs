@@ -19,21 +19,15 @@ pub(crate) struct Sieve {
     newest: SlotRef,
     oldest: SlotRef,
     hand: SlotRef,
-    pages: u64,
 }
 
 impl Default for Sieve {
     fn default() -> Self {
-        Sieve { newest: SlotRef::NONE, oldest: SlotRef::NONE, hand: SlotRef::NONE, pages: 0 }
+        Sieve { newest: SlotRef::NONE, oldest: SlotRef::NONE, hand: SlotRef::NONE }
     }
 }
 
 impl Sieve {
-    /// Pages on the list.
-    pub(crate) fn pages(&self) -> u64 {
-        self.pages
-    }
-
     /// Add a page as the newest. `next` points to newer pages, `prev` to older ones.
     pub(crate) fn add(&mut self, slabs: &Slabs, at: SlotRef) {
         let slot = slabs.slot(at);
@@ -45,7 +39,6 @@ impl Sieve {
             slabs.slot(self.newest).set_next(at);
         }
         self.newest = at;
-        self.pages += 1;
     }
 
     /// Take a page off the list.
@@ -56,7 +49,6 @@ impl Sieve {
             self.hand = newer;
         }
         self.link(slabs, older, newer);
-        self.pages -= 1;
     }
 
     /// Put a moved page in the place of the old one.

@@ -53,6 +53,7 @@ pub(crate) struct Vm {
     pub lease_bytes: AtomicU64,
     pub persistent_pages: Account,
     pub ephemeral: Mutex<Sieve>,
+    pub ephemeral_pages: Account,
     pub frozen: AtomicBool,
     /// Removed: nothing may be added.
     pub gone: AtomicBool,
@@ -75,6 +76,7 @@ impl Vm {
             lease_bytes: AtomicU64::new(0),
             persistent_pages: Account::default(),
             ephemeral: Mutex::default(),
+            ephemeral_pages: Account::default(),
             frozen: AtomicBool::new(false),
             gone: AtomicBool::new(false),
             boot: Mutex::new(None),
@@ -108,9 +110,9 @@ impl Vm {
         self.min_bytes.load(Relaxed)
     }
 
-    /// Whether there is anything to evict.
+    /// Whether there is anything to evict. Not exact while pages come and go.
     pub(crate) fn has_ephemeral(&self) -> bool {
-        self.ephemeral.lock().pages() > 0
+        self.ephemeral_pages.used() > 0
     }
 
     /// Bytes used per unit of weight: who has most is furthest over its share.
