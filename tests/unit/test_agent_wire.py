@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 import pytest
+import tmem_native
 from hypothesis import given
 from hypothesis import strategies as st
 from tmem_guest import wire
@@ -86,3 +87,64 @@ def test_any_body_is_read_or_refused(body: bytes) -> None:
             decode(body)
         except wire.WireError:
             continue
+
+
+# The native codec is the other half of the connection: both must agree on every byte.
+
+
+@given(st.integers(0, 2**32 - 1), st.binary(min_size=16, max_size=16))
+def test_hello_as_the_host_reads_it(tag: int, boot_id: bytes) -> None:
+    frame = wire.hello(tag, boot_id, "tmem-agent 0.1")
+    header, body = frame[: wire.HEADER_BYTES], frame[wire.HEADER_BYTES :]
+    assert tmem_native.decode_header(header) == (wire.Op.HELLO, 0, tag, 0, len(body), 0, 0)
+    read = tmem_native.decode_hello_request(body)
+    assert read["boot_id"] == boot_id
+    assert read["client"] == "tmem-agent 0.1"
+    assert (read["role"], read["version_min"], read["page_bytes"]) == (
+        0,
+        wire.VERSION,
+        tmem_native.PAGE_BYTES,
+    )
+
+
+@given(st.builds(wire.Report, *[st.integers(0, 2**32 - 1)] * 2, *[st.integers(0, 2**64 - 1)] * 10))
+def test_report_as_the_host_writes_it(report: wire.Report) -> None:
+    assert wire.report(1, report)[wire.HEADER_BYTES :] == tmem_native.encode_report(**report._asdict())
+
+
+@given(st.tuples(*[st.integers(0, 2**32 - 1)] * 5), st.integers(0, 2**64 - 1))
+def test_hello_answer_as_the_host_writes_it(limits: tuple[int, ...], quota: int) -> None:
+    features, frame, batch, flight, keep_alive = limits
+    body = tmem_native.encode_hello_answer(
+        features=features,
+        max_frame_bytes=frame,
+        max_batch=batch,
+        max_in_flight=flight,
+        keep_alive_ms=keep_alive,
+        quota_bytes=quota,
+    )
+    assert wire.decode_hello(body) == (wire.VERSION, wire.PAGE_BYTES, *limits, quota)
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=11, max_size=11))
+def test_stats_as_the_host_reads_them(figures: list[int]) -> None:
+    body = struct.pack("<11Q", *figures)
+    assert wire.decode_stats(body)._asdict() == dict(tmem_native.decode_stats(body))
+
+
+def test_notices_as_the_host_writes_them() -> None:
+    for frame, expected in [
+        (tmem_native.encode_notice("reclaim", 7), wire.Notice(wire.Op.RECLAIM, 7, 0)),
+        (tmem_native.encode_notice("quota", 7, 9), wire.Notice(wire.Op.QUOTA, 7, 9)),
+        (tmem_native.encode_notice("frozen", 1), wire.Notice(wire.Op.FROZEN, 1, 0)),
+        (tmem_native.encode_notice("shutdown"), wire.Notice(wire.Op.SHUTDOWN, 0, 0)),
+    ]:
+        header = wire.decode_header(frame[: wire.HEADER_BYTES])
+        assert not header.is_answer
+        assert wire.decode_notice(header.op, frame[wire.HEADER_BYTES :]) == expected
+
+
+def test_the_limits_are_the_hosts() -> None:
+    assert tmem_native.HEADER_BYTES == wire.HEADER_BYTES
+    assert tmem_native.MAX_BODY_BYTES == wire.MAX_BODY_BYTES
+    assert tmem_native.VERSION == wire.VERSION
