@@ -72,14 +72,14 @@ class CommandServer(threading.Thread):
 
     def _answer(self, line: bytes, connection: socket.socket) -> dict[str, object]:
         try:
-            return {"result": self._handle(line, lambda text: self._send(connection, {"progress": text}))}
+            return {"result": self._respond(line, lambda text: self._send(connection, {"progress": text}))}
         except AgentError as error:
             return {"error": {"message": error.message, "hint": error.hint, "code": int(error.code)}}
         except Exception as error:
             log.error(f"a command failed: {error!r}")
             return {"error": {"message": f"the agent failed: {error!r}", "hint": "its log", "code": 1}}
 
-    def _handle(self, line: bytes, progress: Progress) -> dict[str, object]:
+    def _respond(self, line: bytes, progress: Progress) -> dict[str, object]:
         try:
             request: object = msgspec.json.decode(line)
         except msgspec.DecodeError as error:
