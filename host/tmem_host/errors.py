@@ -1,4 +1,4 @@
-"""The one exception an operator sees: what happened, to which VM, what to try, and the exit code it maps to."""
+"""The one exception an operator sees: what happened, to which VM, what to try, and the exit code."""
 
 from __future__ import annotations
 
