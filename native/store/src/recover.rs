@@ -21,7 +21,7 @@ use crate::stats::Recovery;
 use crate::store::Store;
 
 /// Most threads that scan slots.
-const MAX_SCANNERS: usize = 16;
+const MAX_SCANNERS: usize = 64;
 
 impl Store {
     /// Open the arena, or make one. What was acknowledged before is served again; see `docs/store.md` for why.
