@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from tmem_host.config import TmemdConfig, load, resolve_capacity
 from tmem_host.errors import ExitCode, OperatorError
@@ -81,3 +82,12 @@ def test_capacity(capacity: str, size_bytes: int) -> None:
 def test_capacity_that_is_none(capacity: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         resolve_capacity(capacity, 10_000)
+
+
+def test_the_example_file_states_the_defaults() -> None:
+    example = Path(__file__).parents[2] / "host" / "tmemd.toml"
+    assert load(example, TmemdConfig) == TmemdConfig()
+    text = example.read_text()
+    for field in msgspec.structs.fields(TmemdConfig):
+        for key in msgspec.structs.fields(field.type):
+            assert f"\n{key.name} = " in text, key.name
