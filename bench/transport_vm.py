@@ -1,0 +1,2 @@
+def measure(): return {}
+def records(s): return []
