@@ -31,6 +31,8 @@ class Definition(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     packages: list[str] = []
     mask: list[str] = []
     """systemd units that never start."""
+    mask_generators: list[str] = []
+    """systemd generators that never run."""
     boot_modules: list[str] = []
     """Kernel modules that the first process loads."""
     more_modules: list[str] = []

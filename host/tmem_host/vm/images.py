@@ -99,7 +99,7 @@ def get(name: str) -> Image:
         path=path,
         kernel=path / "vmlinuz",
         initrd=path / "initrd",
-        layer=_layer(definition.payload) if definition.payload else None,
+        layer=_layer(definition.payload, path) if definition.payload else None,
         root=root if root.exists() else None,
         data=path / "data.ext4",
         host_key=(path / "host_key.pub").read_text().strip(),
@@ -182,14 +182,13 @@ def _lock(base: str, progress: Progress) -> Iterator[None]:
         yield
 
 
-def _layer(kind: definitions.Payload) -> Path:
-    cache = cache_directory()
-    path = cache / f"layer-{kind}-{payload.digest(kind)}.cpio"
+def _layer(kind: definitions.Payload, image: Path) -> Path:
+    path = image / f"layer-{payload.digest(kind)}.cpio"
     if not path.exists():
         scratch = path.with_suffix(f".{os.getpid()}")
         try:
-            payload.write(kind, scratch)
-            for old in cache.glob(f"layer-{kind}-*.cpio"):
+            payload.write(kind, scratch, image / "python")
+            for old in image.glob("layer-*.cpio"):
                 old.unlink(missing_ok=True)
             scratch.rename(path)
         finally:

@@ -105,8 +105,8 @@ class Machine:
         reads, read_bytes, writes, written_bytes, _ = (sum(column) for column in zip(*counters, strict=True))
         return BlockStats(read_bytes // _SECTOR_BYTES, written_bytes // _SECTOR_BYTES, reads, writes)
 
-    def set_disk_limits(self, limits: DiskLimits, target: str = "vdb") -> None:
-        """Change what a disk may do in a second, at once."""
+    def set_disk_limits(self, limits: DiskLimits) -> None:
+        """Change what its data disk, the last one, may do in a second, at once."""
         values = {
             "read_iops_sec": limits.read_iops or 0,
             "write_iops_sec": limits.write_iops or 0,
@@ -114,7 +114,8 @@ class Machine:
             "write_bytes_sec": limits.write_bytes or 0,
         }
         with libvirtd.connection() as connection:
-            _need(connection, self.name).setBlockIoTune(target, values, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+            found = _need(connection, self.name)
+            found.setBlockIoTune(_disk_targets(found)[-1], values, libvirt.VIR_DOMAIN_AFFECT_LIVE)
 
     def console(self, count: int = 15) -> list[str]:
         """The last lines of its console."""

@@ -7,7 +7,9 @@ import importlib.util
 import os
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -19,18 +21,21 @@ from tmem_host.vm.initramfs import Archive
 _BINARY = "tmem-guest"
 _BINARY_VARIABLE = "TMEM_GUEST_BINARY"
 _UNIT = "tmem-agent.service"
-_PACKAGES = ("tmem_guest", "tmem_native")
+_PACKAGE = "tmem_guest"
 _PYTHON = "/usr/lib/python3/dist-packages"
-_WANTED = (".py", ".pyi", ".so", ".typed", ".toml", ".service")
+_WANTED = (".py", ".toml", ".service")
 
 
-def write(kind: Payload, target: Path) -> None:
-    """Write the payload as an initramfs layer. Raises OperatorError if a part is not built."""
+def write(kind: Payload, target: Path, python: Path) -> None:
+    """Write the payload as an initramfs layer. Raises OperatorError if a part is not built.
+
+    `python` is the directory with the image's Python, which `rootfs` keeps for this.
+    """
     archive = Archive()
     if kind == "binary":
-        archive.file(f"/usr/bin/{_BINARY}", binary().read_bytes(), 0o755)
+        archive.file(f"/usr/bin/{_BINARY}", _stripped(binary()), 0o755)
     else:
-        _add_agent(archive, "/layer")
+        _add_agent(archive, "/layer", python)
     with target.open("wb") as file:
         archive.write(file)
 
@@ -63,10 +68,25 @@ def binary() -> Path:
     return max(built, key=lambda path: path.stat().st_mtime)
 
 
-def _add_agent(archive: Archive, layer: str) -> None:
-    archive.file(f"{layer}/usr/bin/{_BINARY}", binary().read_bytes(), 0o755)
-    for name, path in _package_files():
-        archive.file(f"{layer}{_PYTHON}/{name}", path.read_bytes())
+def _stripped(program: Path) -> bytes:
+    """The program without debug information: at boot it is copied twice."""
+    if shutil.which("strip") is None:
+        return program.read_bytes()
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch, program.name)
+        subprocess.run(["strip", "--strip-debug", "-o", str(target), str(program)], check=True)
+        return target.read_bytes()
+
+
+def _add_agent(archive: Archive, layer: str, python: Path) -> None:
+    archive.file(f"{layer}/usr/bin/{_BINARY}", _stripped(binary()), 0o755)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, path in _package_files():
+            copy = Path(scratch, name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        _compiled(Path(scratch), python)
+        archive.tree(Path(scratch), f"{layer}{_PYTHON}")
     archive.file(f"{layer}/usr/bin/tmem-agent", _agent_script(), 0o755)
     if unit := _unit():
         archive.file(f"{layer}/etc/systemd/system/{_UNIT}", unit.read_bytes())
@@ -88,16 +108,31 @@ def _agent_script() -> bytes:
 
 
 def _package_files() -> Iterator[tuple[str, Path]]:
-    for package in _PACKAGES:
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise OperatorError(
-                f"the package {package} is not installed", hint="make setup", code=ExitCode.UNAVAILABLE
-            )
-        base = Path(next(iter(spec.submodule_search_locations)))
-        for path in sorted(base.rglob("*")):
-            if path.suffix in _WANTED and path.is_file():
-                yield f"{package}/{path.relative_to(base).as_posix()}", path
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise OperatorError(
+            f"the package {_PACKAGE} is not installed", hint="make setup", code=ExitCode.UNAVAILABLE
+        )
+    base = Path(next(iter(spec.submodule_search_locations)))
+    for path in sorted(base.rglob("*")):
+        if path.suffix in _WANTED and path.is_file():
+            yield f"{_PACKAGE}/{path.relative_to(base).as_posix()}", path
+
+
+def _compiled(tree: Path, python: Path) -> None:
+    """Compile the Python files of a tree for the guest's own Python, which is run here from its image.
+
+    An emulated CPU takes seconds for it, at every boot. The result is not checked against its source then.
+    """
+    loader, library = python / "lib/ld-linux-x86-64.so.2", python / "lib"
+    command = [str(loader), "--library-path", str(library), str(python / "bin/python3"), "-E", "-s", "-m"]
+    command += ["compileall", "-q", "--invalidation-mode", "unchecked-hash"]
+    command += ["-s", str(tree), "-p", _PYTHON, str(tree)]
+    made = subprocess.run(
+        command, env={"PYTHONHOME": str(python)}, capture_output=True, text=True, check=False
+    )
+    if made.returncode != 0:
+        raise OperatorError(f"the guest's Python does not compile {_PACKAGE}: {made.stdout}{made.stderr}")
 
 
 def _unit() -> Path | None:

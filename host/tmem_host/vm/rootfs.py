@@ -18,6 +18,7 @@ Progress = Callable[[str], None]
 _MIRROR = "TMEM_DEBIAN_MIRROR"
 _PATH_EXCLUDES = ("man", "doc", "info", "locale", "i18n/locales")
 _DROPBEAR_KEY = "/etc/dropbear/dropbear_ed25519_host_key"
+_LOADER = "ld-linux-x86-64.so.2"
 _OPENSSH_KEY = "/etc/ssh/ssh_host_ed25519_key"
 _LAST_LINES = 12
 
@@ -48,6 +49,7 @@ def build(definition: Definition, sources: Path, out: Path, progress: Progress) 
     else:
         progress("making the boot stage and the disks")
         _settle(definition, sources, root)
+        _keep_python(root, out / "python")
         data = root / "srv/data"
         data.mkdir(exist_ok=True)
         _build_boot_stage(definition, sources, root, out)
@@ -112,9 +114,13 @@ def _settle(definition: Definition, sources: Path, root: Path) -> None:
     """Fit an installed Debian to its life as a VM."""
     shutil.copytree(sources / "files", root, dirs_exist_ok=True)
     units = root / "etc/systemd/system"
-    for unit in definition.mask:
-        (units / unit).unlink(missing_ok=True)
-        (units / unit).symlink_to("/dev/null")
+    generators = root / "etc/systemd/system-generators"
+    generators.mkdir(exist_ok=True)
+    masked = [units / unit for unit in definition.mask]
+    masked += [generators / generator for generator in definition.mask_generators]
+    for path in masked:
+        path.unlink(missing_ok=True)
+        path.symlink_to("/dev/null")
     (units / "default.target").unlink(missing_ok=True)
     (units / "default.target").symlink_to("/usr/lib/systemd/system/multi-user.target")
     (root / "data").mkdir()
@@ -131,6 +137,21 @@ def _settle(definition: Definition, sources: Path, root: Path) -> None:
         path.unlink()
 
 
+def _keep_python(root: Path, target: Path) -> None:
+    """Keep a copy of the guest's Python, with which tmem's agent is compiled for it (`payload`)."""
+    version = (root / "usr/bin/python3").readlink().name
+    (target / "bin").mkdir(parents=True)
+    (target / "lib").mkdir()
+    shutil.copyfile(root / "usr/bin" / version, target / "bin/python3")
+    multiarch = root / "usr/lib/x86_64-linux-gnu"
+    for library in (_LOADER, "libc.so.6", "libm.so.6", "libz.so.1", "libexpat.so.1"):
+        shutil.copyfile(multiarch / library, target / "lib" / library)
+    for program in (target / "bin/python3", target / "lib" / _LOADER):
+        program.chmod(0o755)
+    unwanted = shutil.ignore_patterns("test", "config-*", "pydoc_data", "ensurepip", "lib-dynload")
+    shutil.copytree(root / "usr/lib" / version, target / "lib" / version, symlinks=True, ignore=unwanted)
+
+
 def _build_boot_stage(definition: Definition, sources: Path, root: Path, out: Path) -> None:
     archive = Archive()
     for path in ("/proc", "/dev", "/sysroot"):
@@ -145,7 +166,18 @@ def _build_boot_stage(definition: Definition, sources: Path, root: Path, out: Pa
 
 def _build_memory_root(definition: Definition, sources: Path, root: Path, out: Path, log: Path) -> None:
     archive = Archive()
-    for path in ("/proc", "/sys", "/dev", "/run", "/data", "/mnt", "/sbin", "/etc/dropbear", "/var/log"):
+    for path in (
+        "/proc",
+        "/sys",
+        "/dev",
+        "/run",
+        "/data",
+        "/mnt",
+        "/sbin",
+        "/etc/dropbear",
+        "/var/log",
+        "/usr/bin",
+    ):
         archive.directory(path)
     archive.directory("/root")
     archive.directory("/root/.ssh", 0o700)
@@ -158,7 +190,7 @@ def _build_memory_root(definition: Definition, sources: Path, root: Path, out: P
     archive.file("/etc/group", b"root:x:0:\n")
     archive.file("/etc/shells", b"/bin/sh\n")
     for program in definition.programs:
-        add_program(archive, root, program)
+        _add_program(archive, root, program, log)
     # Debian's kernel package leaves modules.dep to a script that `extract` does not run.
     _run(["depmod", "-b", str(root / "usr"), kernel_version(root)], log)
     add_modules(archive, root, definition.boot_modules, definition.more_modules)
@@ -175,13 +207,12 @@ def _build_memory_root(definition: Definition, sources: Path, root: Path, out: P
         archive.write(file)
 
 
-def add_program(archive: Archive, root: Path, program: str) -> None:
+def _add_program(archive: Archive, root: Path, program: str, log: Path) -> None:
     """Add a program of a root directory and the shared libraries it names, theirs included."""
     archive.file(program, (root / program[1:]).read_bytes(), 0o755)
-    listed = subprocess.run(
-        ["chroot", str(root), "/usr/bin/ldd", program], capture_output=True, text=True, check=False
-    ).stdout
-    for line in listed.splitlines():
+    # The loader itself, because `ldd` is a script that wants a shell.
+    command = ["chroot", str(root), f"/lib64/{_LOADER}", "--list", program]
+    for line in _run(command, log).splitlines():
         words = [word for word in line.split() if word.startswith("/")]
         if words:
             _add_library(archive, root, words[-1].rpartition("/")[2])
@@ -189,10 +220,8 @@ def add_program(archive: Archive, root: Path, program: str) -> None:
 
 def _add_library(archive: Archive, root: Path, name: str) -> None:
     multiarch = root / "usr/lib/x86_64-linux-gnu"
-    loader = "ld-linux-x86-64.so.2"
-    source = (root / "usr/lib64" / loader) if name == loader else multiarch / name
-    archive.file(f"/lib/x86_64-linux-gnu/{name}", source.read_bytes(), 0o755)
-    archive.file(f"/lib64/{loader}", (multiarch / loader).read_bytes(), 0o755)
+    archive.file(f"/lib/x86_64-linux-gnu/{name}", (multiarch / name).read_bytes(), 0o755)
+    archive.file(f"/lib64/{_LOADER}", (multiarch / _LOADER).read_bytes(), 0o755)
 
 
 def _mkfs(tree: Path, target: Path, size_bytes: int, label: str, log: Path) -> None:
