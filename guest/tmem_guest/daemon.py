@@ -301,6 +301,7 @@ class Agent:
                 raise AgentError("swap is not on", hint="tmem-agent swap on", code=ExitCode.NOT_FOUND)
             self._end(service, progress, lazily=False)
             self.swap = None
+            memory.unlock()
             self._save()
             file = Path(service.config.file)
             if not request.get("keep_file") and swap.is_own(file):

@@ -137,8 +137,12 @@ def _swap(swap: Fields) -> list[str]:
         f"swap    {swap.get('device') or 'no device'}: {swap.get('state')}{active}, {used} of {size} in use"
     ]
     if counters:
-        host, file = (jsonline.integer(counters, name) for name in ("host_pages", "file_pages"))
-        lines.append(f"        {host} pages at the host, {file} in {swap.get('file')}")
+        host, file, lost = (
+            jsonline.integer(counters, f"{place}_pages") for place in ("host", "file", "lost")
+        )
+        away = "" if counters.get("connected") else "; no host: pages go to the file"
+        gone = f", {lost} lost with the host" if lost else ""
+        lines.append(f"        {host} pages at the host, {file} in {swap.get('file')}{gone}{away}")
     if swap.get("last_error"):
         lines.append(f"        {swap['last_error']}")
     return lines

@@ -17,3 +17,8 @@ def lock() -> None:
     if libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def unlock() -> None:
+    """Undo `lock`."""
+    ctypes.CDLL(None).munlockall()
