@@ -9,7 +9,7 @@
 //! | `recover` | opening an arena |
 //! | `directory`, `vm`, `pool` | who there is, and what is charged to whom |
 //! | `index` | which slot holds which page |
-//! | `sieve` | eviction order |
+//! | `sieve`, `tuner` | eviction order |
 //! | `slabs`, `slot` | the allocator and what it gives out |
 //! | `arena`, `layout` | the shared memory and what stands where in it |
 //! | [`codec`] | same-filled, LZ4, checksums |
@@ -34,6 +34,7 @@ mod slabs;
 mod slot;
 pub mod stats;
 mod store;
+mod tuner;
 mod vm;
 
 pub use config::{ArenaBacking, Attach, Incompressible, PoolId, StoreConfig, VmId, VmLimits};

@@ -16,6 +16,7 @@ use crate::index::{hash, Cursor, Shard, BLOCK_BYTES};
 use crate::pool::{count, Pool, PoolRef};
 use crate::slot::{SlotRef, State};
 use crate::store::Store;
+use crate::tuner;
 
 /// What a page's reference in the index costs, bytes.
 pub(crate) const INDEX_BYTES: u64 = 6;
@@ -161,7 +162,8 @@ impl Store {
                 return status;
             }
         }
-        slot.fill(key, sum ^ self.key_sum(key), payload);
+        let hash = self.key_hash(key);
+        slot.fill(key, sum ^ hash as u32, payload);
 
         let mut shard = pool.index.lock(key);
         // Looked at under the lock: whoever freezes the VM or destroys the pool takes the lock after saying so.
@@ -180,7 +182,13 @@ impl Store {
         let inserted = shard.insert(key, at);
         slot.publish(State::valid(encoding, payload.len(), pool.number));
         if !pool.is_persistent() {
-            pool.vm.ephemeral.lock().add(&self.slabs, at);
+            let mut eviction = pool.vm.ephemeral.lock();
+            let order = eviction.order;
+            eviction.list.add(&self.slabs, at, order);
+            let pages = pool.vm.ephemeral_pages.used();
+            if pool.is_inclusive() && tuner::sampled(hash, pages) {
+                eviction.put(hash, pages);
+            }
         }
         Store::account_added(pool, encoding, payload.len(), slot.bytes());
         let old = inserted.old.map(|old| self.take_slot(pool, old, false));
@@ -209,6 +217,11 @@ impl Store {
     ) -> (GetStatus, Encoding, u32) {
         let pool = &pool.0;
         let start = out.len();
+        let hash = self.key_hash(key);
+        let pages = pool.vm.ephemeral_pages.used();
+        if pool.is_inclusive() && tuner::sampled(hash, pages) {
+            pool.vm.ephemeral.lock().asked(hash, pages);
+        }
         let mut shard = pool.index.lock(key);
         let Some(at) = shard.get(key) else {
             drop(shard);
@@ -218,7 +231,7 @@ impl Store {
         let slot = self.slabs.slot(at);
         let state = slot.state();
         let encoding = state.encoding();
-        let sum = slot.bound_checksum() ^ self.key_sum(key);
+        let sum = slot.bound_checksum() ^ hash as u32;
         let exclusive = pool.kind == (tmem_wire::PoolKind::Ephemeral { exclusive: true });
         let answer = if exclusive {
             // The slot is ours alone once the page has left the index: no need to copy under the lock.
@@ -357,7 +370,7 @@ impl Store {
         let state = slot.state();
         let owner = self.owner(pool, state.pool()).into_owned();
         if !owner.is_persistent() {
-            owner.vm.ephemeral.lock().remove(&self.slabs, at);
+            owner.vm.ephemeral.lock().list.remove(&self.slabs, at);
         }
         slot.retire();
         Taken { at, state, owner, block_gone }
@@ -418,9 +431,9 @@ impl Store {
         }
     }
 
-    /// What binds a checksum to its page's key and to this arena.
-    pub(crate) fn key_sum(&self, key: &Key) -> u32 {
-        hash(!self.seed, &key.object, key.index) as u32
+    /// The low half binds a checksum to its page's key and to this arena, the high half chooses samples.
+    fn key_hash(&self, key: &Key) -> u64 {
+        hash(!self.seed, &key.object, key.index)
     }
 
     /// Charge for a page found at recovery.

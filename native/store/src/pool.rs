@@ -89,6 +89,11 @@ impl Pool {
         self.kind == PoolKind::Persistent
     }
 
+    /// Ephemeral, and pages stay when they are fetched: their eviction order matters.
+    pub(crate) fn is_inclusive(&self) -> bool {
+        self.kind == PoolKind::Ephemeral { exclusive: false }
+    }
+
     pub(crate) fn id(&self) -> PoolId {
         // Pool 0 on the wire means "no pool".
         PoolId(u32::from(self.number) + 1)

@@ -74,8 +74,9 @@ impl Store {
     pub(crate) fn evict_from(&self, vm: &Arc<Vm>) -> bool {
         loop {
             let (at, state, key) = {
-                let mut list = vm.ephemeral.lock();
-                let Some(at) = list.victim(&self.slabs) else { return false };
+                let mut eviction = vm.ephemeral.lock();
+                let order = eviction.order;
+                let Some(at) = eviction.list.victim(&self.slabs, order) else { return false };
                 let slot = self.slabs.slot(at);
                 (at, slot.state(), slot.key())
             };
@@ -167,8 +168,8 @@ impl Store {
         if owner.is_persistent() {
             to_slot.publish(from_slot.state());
         } else {
-            let mut list = owner.vm.ephemeral.lock();
-            list.replace(&self.slabs, at, to);
+            let mut eviction = owner.vm.ephemeral.lock();
+            eviction.list.replace(&self.slabs, at, to);
             to_slot.publish(from_slot.state());
         }
         from_slot.retire();

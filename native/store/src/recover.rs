@@ -15,6 +15,7 @@ use crate::error::OpenError;
 use crate::layout::{
     Classes, Superblock, HEADER_BYTES, HEAD_BYTES, MAGIC, MAX_SLABS, SLAB_BYTES_MAX, SLAB_BYTES_MIN, VERSION,
 };
+use crate::sieve::Order;
 use crate::slabs::Slabs;
 use crate::slot::{Slot, SlotRef};
 use crate::stats::Recovery;
@@ -170,7 +171,7 @@ impl Store {
             } else {
                 found.ephemeral_pages += 1;
                 slot.unvisit();
-                pool.vm.ephemeral.lock().add(&self.slabs, at);
+                pool.vm.ephemeral.lock().list.add(&self.slabs, at, Order::Sieve);
             }
             drop(shard);
             Store::account_added(pool, state.encoding(), state.length(), bytes);

@@ -7,8 +7,8 @@ use parking_lot::Mutex;
 use tmem_wire::PAGE_BYTES;
 
 use crate::config::{VmId, VmLimits};
-use crate::sieve::Sieve;
 use crate::stats::Counters;
+use crate::tuner::Eviction;
 
 /// Bytes in use, with an upper bound that holds at every instant.
 #[derive(Debug, Default)]
@@ -52,7 +52,7 @@ pub(crate) struct Vm {
     /// Persistent bytes up to which the VM may grow without asking whether the arena can bear it.
     pub lease_bytes: AtomicU64,
     pub persistent_pages: Account,
-    pub ephemeral: Mutex<Sieve>,
+    pub ephemeral: Mutex<Eviction>,
     pub ephemeral_pages: Account,
     pub frozen: AtomicBool,
     /// Removed: nothing may be added.
