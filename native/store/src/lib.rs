@@ -23,6 +23,8 @@ pub mod codec;
 pub mod config;
 mod directory;
 pub mod error;
+#[doc(hidden)]
+pub mod fuzz;
 mod index;
 mod layout;
 mod ops;
