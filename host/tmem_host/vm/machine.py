@@ -194,7 +194,7 @@ def list_machines() -> list[MachineInfo]:
 def _claim(request: VmRequest, image: Image) -> VmState:
     """Take the name and a CID, and record the VM."""
     virt, reason = _virt(request)
-    chosen, _ = transport.choose(request.transport)
+    chosen, _ = transport.choose(request.transport, registered=request.register is not None)
     with state.exclusive(), libvirtd.connection() as connection:
         others = state.every()
         if libvirtd.find(connection, request.name) or any(other.name == request.name for other in others):

@@ -113,8 +113,11 @@ class Transport:
             threading.Event().wait(_POLL_S)
 
 
-def choose(wanted: TransportChoice) -> tuple[TransportName, str]:
-    """The transport to use, and why. UNAVAILABLE if the one asked for cannot be had here."""
+def choose(wanted: TransportChoice, *, registered: bool = True) -> tuple[TransportName, str]:
+    """The transport to use, and why. UNAVAILABLE if the one asked for cannot be had here.
+
+    tmemd's own device is only for VMs that are registered with tmemd.
+    """
     usable = _kernel_device_usable()
     if wanted == "vhost-vsock" and not usable:
         raise OperatorError(
@@ -126,7 +129,8 @@ def choose(wanted: TransportChoice) -> tuple[TransportName, str]:
         return wanted, "as asked for"
     if usable:
         return "vhost-vsock", f"{_KERNEL_DEVICE} works"
-    return "vhost-device-vsock", f"this host has no usable {_KERNEL_DEVICE}"
+    why = f"this host has no usable {_KERNEL_DEVICE}"
+    return ("vhost-user" if registered else "vhost-device-vsock"), why
 
 
 def _kernel_device_usable() -> bool:
