@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ BOOT_S = 240.0
 """Generous: an emulated guest on a busy machine."""
 COMMAND_S = 60.0
 _VM_DIRECTORY = "TMEM_VM_DIRECTORY"
+_numbers = count(1)
 
 
 class Vms:
@@ -34,7 +36,6 @@ class Vms:
         self.directory = directory
         self._stack = stack
         self._tmemd: Tmemd | None = None
-        self._count = 0
 
     @property
     def tmemd(self) -> Tmemd:
@@ -51,10 +52,9 @@ class Vms:
 
     def up(self, image: str = "mini", *, registered: bool = False, **options: Any) -> Machine:  # noqa: ANN401  # fields of VmRequest
         """A VM of its own name (`name` overrides), 256 MiB unless said otherwise."""
-        self._count += 1
         register = Registration(self.tmemd.admin_socket, quota_bytes=64 * MIB) if registered else None
         defaults: dict[str, Any] = {
-            "name": f"t{os.getpid()}-{self._count}",
+            "name": f"t{os.getpid()}-{next(_numbers)}",
             "image": image,
             "memory_bytes": 256 * MIB,
             "register": register,
