@@ -13,7 +13,7 @@ use rustix::net::{self, RecvFlags, SendFlags, Shutdown};
 use tmem_wire::{Role, HEADER_BYTES};
 
 use crate::engine::Engine;
-use crate::limits::{Limits, MAX_FRAME_BYTES, OUT_HIGH_WATER, SMALL_FRAME_BYTES};
+use crate::limits::{Limits, Turn, MAX_FRAME_BYTES, OUT_HIGH_WATER, SMALL_FRAME_BYTES};
 use crate::outbox::{Wake, Waker};
 use crate::polling::Habit;
 use crate::session::{Session, State};
@@ -104,12 +104,16 @@ impl<'a> Connection<'a> {
 
     fn run(&mut self) -> End {
         let limits = self.engine.limits();
+        let vm = self.session.vm().clone();
         if let Err(error) = set_timeouts(&self.signal.socket, limits) {
             tracing::warn!(vm = %self.session.vm().name, %error, "setting socket timeouts failed");
             return End::Closed;
         }
         loop {
-            let fed = self.session.feed(self.input.bytes(), &mut self.out);
+            let fed = {
+                let _turn = self.turn(&vm);
+                self.session.feed(self.input.bytes(), &mut self.out)
+            };
             let Ok(progress) = fed else {
                 let _ = self.send();
                 return End::Closed;
@@ -136,6 +140,12 @@ impl<'a> Connection<'a> {
                 }
             }
         }
+    }
+
+    /// Wait for the VM's turn, if it is not alone. Not held while sending: a guest that does not read must not keep
+    /// its VM's other connections waiting.
+    fn turn<'v>(&self, vm: &'v Vm) -> Option<Turn<'v>> {
+        (!self.input.is_empty() && self.engine.company.is_at_work(vm.id.0)).then(|| vm.turnstile.enter())
     }
 
     /// Set or clear the deadline of the frame that is half here.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tmem_store::{AdminError, Store, VmLimits};
 use tmem_wire::Notice;
 
-use crate::limits::{Budget, Limits};
+use crate::limits::{Budget, Company, Limits};
 use crate::listener::{Acceptor, SocketOptions};
 use crate::polling::Spinners;
 use crate::vhost_user::{DeviceConfig, VsockDevice};
@@ -89,6 +89,7 @@ pub struct Engine {
     sockets: SocketOptions,
     keeper: OnceLock<PathBuf>,
     pub(crate) spinners: Spinners,
+    pub(crate) company: Company,
     draining: AtomicBool,
     sessions: Mutex<usize>,
     session_ended: Condvar,
@@ -112,6 +113,7 @@ impl Engine {
             sockets,
             keeper: OnceLock::new(),
             spinners: Spinners::new(),
+            company: Company::new(),
             draining: AtomicBool::new(false),
             sessions: Mutex::new(0),
             session_ended: Condvar::new(),
@@ -163,7 +165,7 @@ impl Engine {
             name,
             id,
             spec.clone(),
-            self.limits.connections,
+            &self.limits,
             Budget::new(self.limits.in_flight_bytes, Some(self.in_flight.clone())),
             self.rate(limits),
         ));

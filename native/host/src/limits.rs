@@ -1,5 +1,6 @@
 //! What a VM may use of the daemon, so that none can starve another: connections, memory in flight, pages a second.
 
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,8 @@ pub const MIN_GUEST_FRAME_BYTES: usize = HEADER_BYTES + tmem_wire::pages::GET_EN
 pub struct Limits {
     /// Connections a VM may have open.
     pub connections: usize,
+    /// Connections a VM may open in a second, and as many at once; 0 for no limit.
+    pub connections_per_s: u64,
     /// Bytes of large buffers a VM's connections may hold together.
     pub in_flight_bytes: u64,
     /// The same for all VMs together, not counting one connection of each.
@@ -46,6 +49,7 @@ impl Default for Limits {
     fn default() -> Limits {
         Limits {
             connections: 16,
+            connections_per_s: 50,
             in_flight_bytes: 40 << 20,
             in_flight_bytes_total: 256 << 20,
             pages_per_s: 0,
@@ -120,7 +124,7 @@ impl Drop for Permit {
     }
 }
 
-/// A token bucket of pages. A frame may overdraw it by one batch, so that a batch larger than the bucket can pass.
+/// A token bucket, of pages or connections. It may be overdrawn once, so that a batch larger than it can pass.
 #[derive(Debug)]
 pub struct Bucket {
     state: Mutex<BucketState>,
@@ -130,18 +134,18 @@ pub struct Bucket {
 struct BucketState {
     /// 0: no limit.
     rate: f64,
+    /// The bucket holds what flows in during this time.
+    burst_s: f64,
     tokens: f64,
     filled: Instant,
 }
 
-/// A bucket holds what flows in during this time.
-const BURST_S: f64 = 0.1;
-
 impl Bucket {
-    /// A full bucket with `rate` pages a second, 0 for no limit.
-    pub fn new(rate: u64) -> Bucket {
-        let rate = rate as f64;
-        Bucket { state: Mutex::new(BucketState { rate, tokens: rate * BURST_S, filled: Instant::now() }) }
+    /// A full bucket into which `rate` tokens flow in a second, 0 for no limit, and which holds those of `burst`.
+    pub fn new(rate: u64, burst: Duration) -> Bucket {
+        let (rate, burst_s) = (rate as f64, burst.as_secs_f64());
+        let state = BucketState { rate, burst_s, tokens: rate * burst_s, filled: Instant::now() };
+        Bucket { state: Mutex::new(state) }
     }
 
     /// Change the rate.
@@ -149,20 +153,90 @@ impl Bucket {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).rate = rate as f64;
     }
 
-    /// Take `pages` tokens, or say how long to wait before trying again.
-    pub fn take(&self, pages: u64, now: Instant) -> Result<(), Duration> {
+    /// Take `tokens`, or say how long to wait before trying again.
+    pub fn take(&self, tokens: u64, now: Instant) -> Result<(), Duration> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if state.rate == 0.0 {
             return Ok(());
         }
         let elapsed = now.saturating_duration_since(state.filled).as_secs_f64();
-        state.tokens = (state.tokens + elapsed * state.rate).min(state.rate * BURST_S);
+        state.tokens = (state.tokens + elapsed * state.rate).min(state.rate * state.burst_s);
         state.filled = now;
         if state.tokens < 0.0 {
             return Err(Duration::from_secs_f64((-state.tokens / state.rate).clamp(1e-4, 1.0)));
         }
-        state.tokens -= pages as f64;
+        state.tokens -= tokens as f64;
         Ok(())
+    }
+}
+
+/// How long after another VM's request a VM counts as not being alone.
+const COMPANY: Duration = Duration::from_millis(20);
+
+/// Knows whether more than one VM is at work. Asked with every batch of requests, so it writes only on a change.
+#[derive(Debug)]
+pub(crate) struct Company {
+    began: Instant,
+    last: AtomicU32,
+    /// Milliseconds since `began` at which the VM at work was last another one than before.
+    changed_ms: AtomicU64,
+}
+
+impl Company {
+    pub(crate) fn new() -> Company {
+        Company { began: Instant::now(), last: AtomicU32::new(u32::MAX), changed_ms: AtomicU64::new(0) }
+    }
+
+    /// VM number `vm` is at work now; returns whether another was a short while ago.
+    pub(crate) fn is_at_work(&self, vm: u16) -> bool {
+        let now_ms = self.began.elapsed().as_millis() as u64;
+        let last = self.last.load(Ordering::Relaxed);
+        if last != u32::from(vm) {
+            self.last.store(vm.into(), Ordering::Relaxed);
+            if last == u32::MAX {
+                return false;
+            }
+            self.changed_ms.store(now_ms + 1, Ordering::Relaxed);
+        }
+        let changed_ms = self.changed_ms.load(Ordering::Relaxed);
+        changed_ms > 0 && now_ms < changed_ms + COMPANY.as_millis() as u64
+    }
+}
+
+/// Lets a bounded number of a VM's connections be served at the same time, so that a VM with many of them cannot
+/// take every CPU while another waits.
+#[derive(Debug)]
+pub(crate) struct Turnstile {
+    most: usize,
+    inside: Mutex<usize>,
+    left: Condvar,
+}
+
+impl Turnstile {
+    /// Half the CPUs.
+    pub(crate) fn new() -> Turnstile {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        Turnstile { most: (cpus / 2).max(1), inside: Mutex::new(0), left: Condvar::new() }
+    }
+
+    /// Wait for a turn.
+    pub(crate) fn enter(&self) -> Turn<'_> {
+        let mut inside = self.inside.lock().unwrap_or_else(PoisonError::into_inner);
+        while *inside >= self.most {
+            inside = self.left.wait(inside).unwrap_or_else(PoisonError::into_inner);
+        }
+        *inside += 1;
+        Turn(self)
+    }
+}
+
+/// A turn; over when dropped.
+pub(crate) struct Turn<'a>(&'a Turnstile);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        *self.0.inside.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        self.0.left.notify_one();
     }
 }
 
@@ -198,7 +272,7 @@ mod tests {
 
     #[test]
     fn a_bucket_lets_through_its_rate_and_no_more() {
-        let bucket = Bucket::new(1000);
+        let bucket = Bucket::new(1000, Duration::from_millis(100));
         let mut now = Instant::now();
         let start = now;
         let mut passed = 0u64;
@@ -213,7 +287,37 @@ mod tests {
 
     #[test]
     fn no_rate_means_no_limit() {
-        let bucket = Bucket::new(0);
+        let bucket = Bucket::new(0, Duration::ZERO);
         assert!((0..10_000).all(|_| bucket.take(256, Instant::now()).is_ok()));
+    }
+
+    #[test]
+    fn company_is_noticed_and_forgotten() {
+        let company = Company::new();
+        assert!(!company.is_at_work(1), "the first is alone");
+        assert!(!company.is_at_work(1));
+        assert!(company.is_at_work(2));
+        assert!(company.is_at_work(1));
+        std::thread::sleep(COMPANY + Duration::from_millis(5));
+        assert!(!company.is_at_work(1));
+    }
+
+    #[test]
+    fn a_turnstile_lets_in_as_many_as_it_says() {
+        let turnstile = Turnstile { most: 2, inside: Mutex::new(0), left: Condvar::new() };
+        let (now, peak) = (AtomicU32::new(0), AtomicU32::new(0));
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    for _ in 0..50 {
+                        let _turn = turnstile.enter();
+                        peak.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                        std::thread::yield_now();
+                        now.fetch_sub(1, Ordering::SeqCst);
+                    }
+                });
+            }
+        });
+        assert_eq!(peak.load(Ordering::SeqCst), 2);
     }
 }

@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll;
-use rustix::event::{eventfd, EventfdFlags};
+use rustix::event::{eventfd, EventfdFlags, Timespec};
 use rustix::fs::{Gid, Mode};
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -158,9 +158,16 @@ impl Shared {
     fn accept_all(&self, engine: &Weak<Engine>) {
         let mut events = Vec::with_capacity(64);
         let mut unknown_cid_logged: Option<Instant> = None;
+        let mut paused: Vec<(Instant, u64)> = Vec::new();
         loop {
             events.clear();
-            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), None) {
+            self.resume(&mut paused);
+            let next = paused.iter().map(|&(until, _)| until).min();
+            let timeout = next.and_then(|until| {
+                let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+                Timespec::try_from(left).ok()
+            });
+            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => {
                     tracing::error!(%error, "no more connections are accepted: epoll failed");
@@ -175,6 +182,15 @@ impl Shared {
                 let found =
                     self.listening.lock().unwrap_or_else(PoisonError::into_inner).get(&token).cloned();
                 let (Some(listening), Some(engine)) = (found, engine.upgrade()) else { continue };
+                if let Err(wait) = listening.may_arrive() {
+                    // The rest waits in the kernel's queue, and whoever storms with it.
+                    let data = epoll::EventData::new_u64(token);
+                    if epoll::modify(&self.epoll, &listening.socket, data, epoll::EventFlags::empty()).is_ok()
+                    {
+                        paused.push((Instant::now() + wait, token));
+                    }
+                    continue;
+                }
                 // One each time: a storm on one socket delays the others by one connection only.
                 match listening.accept() {
                     Ok(Some((socket, cid))) => {
@@ -191,7 +207,36 @@ impl Shared {
     }
 }
 
+impl Shared {
+    /// Accept again on the listeners whose VMs may open connections again.
+    fn resume(&self, paused: &mut Vec<(Instant, u64)>) {
+        let now = Instant::now();
+        paused.retain(|&(until, token)| {
+            if until > now {
+                return true;
+            }
+            let found = self.listening.lock().unwrap_or_else(PoisonError::into_inner).get(&token).cloned();
+            if let Some(listening) = found {
+                let data = epoll::EventData::new_u64(token);
+                if let Err(error) = epoll::modify(&self.epoll, &listening.socket, data, epoll::EventFlags::IN)
+                {
+                    tracing::error!(%error, "a listener could not be resumed");
+                }
+            }
+            false
+        });
+    }
+}
+
 impl Listening {
+    /// Whether the VM may open another connection now, or after how long.
+    fn may_arrive(&self) -> Result<(), Duration> {
+        match &self.arrivals {
+            Arrivals::Hybrid(vm) => vm.upgrade().map_or(Ok(()), |vm| vm.arrivals.take(1, Instant::now())),
+            Arrivals::Vsock => Ok(()),
+        }
+    }
+
     /// The next connection, with its CID if it has one.
     fn accept(&self) -> io::Result<Option<(OwnedFd, Option<u32>)>> {
         let accepted = match &self.arrivals {
@@ -229,6 +274,11 @@ impl Listening {
             }
             return;
         };
+        // On AF_VSOCK all VMs share one queue, so that a storm is turned away instead of kept waiting.
+        if cid.is_some() && vm.arrivals.take(1, Instant::now()).is_err() {
+            vm.counters.connections_refused.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
         if let Err(error) = connection::start(engine, &vm, socket, peer) {
             tracing::warn!(vm = %vm.name, %error, "connection dropped: its thread could not start");
             thread::sleep(PAUSE);

@@ -9,7 +9,7 @@ use tmem_store::VmId;
 use tmem_wire::{Notice, Op, Report, Role};
 
 use crate::histogram::Histogram;
-use crate::limits::{Bucket, Budget};
+use crate::limits::{Bucket, Budget, Limits, Turnstile};
 use crate::outbox::{Outbox, Phase};
 
 /// Where a VM's guest connects from.
@@ -30,6 +30,9 @@ pub struct VmSpec {
 const SUPERSEDED_FOR: Duration = Duration::from_secs(60);
 /// How many superseded boots are remembered.
 const SUPERSEDED_MOST: usize = 16;
+/// What of their rates a VM may save up.
+const PAGES_BURST: Duration = Duration::from_millis(100);
+const ARRIVALS_BURST: Duration = Duration::from_secs(1);
 /// Lines a VM may cause in the log in [`LOG_PERIOD`].
 const LOG_LINES: u32 = 20;
 const LOG_PERIOD: Duration = Duration::from_secs(10);
@@ -128,6 +131,9 @@ pub struct Vm {
     pub put_latency: Histogram,
     pub(crate) in_flight: Arc<Budget>,
     pub(crate) bucket: Bucket,
+    /// Connections of it that are accepted.
+    pub(crate) arrivals: Bucket,
+    pub(crate) turnstile: Turnstile,
     connections_most: usize,
     boot: Mutex<Boot>,
     sessions: Mutex<Sessions>,
@@ -144,7 +150,7 @@ impl Vm {
         name: &str,
         id: VmId,
         spec: VmSpec,
-        connections: usize,
+        limits: &Limits,
         in_flight: Arc<Budget>,
         pages_per_s: u64,
     ) -> Vm {
@@ -156,8 +162,10 @@ impl Vm {
             get_latency: Histogram::default(),
             put_latency: Histogram::default(),
             in_flight,
-            bucket: Bucket::new(pages_per_s),
-            connections_most: connections,
+            bucket: Bucket::new(pages_per_s, PAGES_BURST),
+            arrivals: Bucket::new(limits.connections_per_s, ARRIVALS_BURST),
+            turnstile: Turnstile::new(),
+            connections_most: limits.connections,
             boot: Mutex::default(),
             sessions: Mutex::new(Sessions { open: Vec::new(), removed: false }),
             report: Mutex::new(None),

@@ -24,6 +24,7 @@
 //! | [`greeting`] | `CONNECT <port>` from programs of the host |
 //! | [`snapshot`], [`ledger`], [`keeper`] | going on when tmemd dies |
 //! | [`counters`] | what is counted |
+//! | [`hostile`] | an arbitrary guest, for fuzzing |
 
 pub mod chain;
 pub mod connection;
@@ -31,6 +32,7 @@ pub mod counters;
 pub mod device;
 pub mod front;
 pub mod greeting;
+pub mod hostile;
 pub mod keeper;
 pub mod ledger;
 pub mod packet;
