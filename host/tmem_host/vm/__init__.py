@@ -11,6 +11,7 @@
 | `payload` | tmem's guest part as files, from the built wheel |
 | `transport` | how vsock reaches a VM: kernel device, tmemd's own device, vhost-device-vsock |
 | `hybrid` | hybrid vsock sockets: `CONNECT port`, and listening for the guest |
+| `tsc` | how fast an emulated guest's time stamp counter runs |
 | `domain` | a VM as libvirt XML |
 | `state` | what is recorded of a VM under /run/tmem/vm/NAME |
 | `machine` | up, down, list: everything a VM owns, in order, and undone in reverse |

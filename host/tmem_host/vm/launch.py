@@ -13,7 +13,7 @@ import msgspec
 from tmem_host.api.client import Client
 from tmem_host.api.types import Cid, VmSpec
 from tmem_host.errors import ExitCode, OperatorError
-from tmem_host.vm import console, disks, domain, libvirtd, readiness, ssh, state
+from tmem_host.vm import console, disks, domain, libvirtd, readiness, ssh, state, tsc
 from tmem_host.vm.images import Image
 from tmem_host.vm.initramfs import Archive
 from tmem_host.vm.kvm import Virt
@@ -90,6 +90,8 @@ def _cmdline(request: VmRequest, image: Image, virt: Virt, public_key: str) -> s
     words = [_CMDLINE, f"tmem.hostname={request.name}"]
     if virt == "tcg":
         words.append(_CMDLINE_TCG)
+        if frequency_khz := tsc.frequency_khz():
+            words.append(f"tsc_early_khz={frequency_khz}")
     if image.root is None:
         encoded = base64.b64encode(public_key.encode()).decode()
         words += [f"tmem.notify_port={NOTIFY_PORT}", f"tmem.ssh_key={encoded}"]
