@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+from framework.daemon import ROOT
 from tmem_host.errors import ExitCode, OperatorError
 from tmem_host.units import parse_size
 from tmem_host.vm import definition, images, rootfs
@@ -234,3 +236,15 @@ def test_a_mirror_of_ones_own_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         "deb http://mirror.test/debian trixie main",
         "deb http://mirror.test/debian trixie-updates main",
     ]
+
+
+def test_an_installation_has_every_file_of_the_definitions() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
+    installed = {
+        f"{directory.removeprefix('share/tmem/')}/{Path(name).name}": name
+        for directory, names in listed.items()
+        for name in names
+        if name.startswith("images/")
+    }
+    there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "images").rglob("*") if path.is_file()}
+    assert installed == {name: name for name in there}

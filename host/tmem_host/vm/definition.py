@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -49,8 +50,8 @@ class Definition(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def definitions_directory() -> Path:
-    """Where the image definitions are: in a checkout its `images/`, otherwise beside the package."""
-    for parent in (Path(__file__).parents[3] / "images", Path(__file__).parents[2] / "tmem_images"):
+    """Where the image definitions are: in a checkout its `images/`, otherwise where tmem was installed."""
+    for parent in (Path(__file__).parents[3] / "images", Path(sys.prefix) / "share/tmem/images"):
         if parent.is_dir():
             return parent
     raise OperatorError("the image definitions are missing", hint="reinstall tmem", code=ExitCode.NOT_FOUND)

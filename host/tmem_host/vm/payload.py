@@ -140,5 +140,5 @@ def _unit() -> Path | None:
     if spec is None or spec.origin is None:
         return None
     package = Path(spec.origin).parent
-    places = (package / "systemd" / _UNIT, package.parent / "systemd" / _UNIT)
+    places = (package.parent / "systemd" / _UNIT, Path(sys.prefix) / "share/tmem/systemd" / _UNIT)
     return next((path for path in places if path.is_file()), None)

@@ -1,7 +1,7 @@
 """How fast this host's time stamp counter runs, which is what an emulated guest reads as its own.
 
-A guest measures it at boot against emulated timers. On a busy host the emulator is scheduled away meanwhile, the
-result is wrong by up to ten times, and so is every clock and timeout of that guest. It is told instead.
+A guest measures it at boot against emulated timers. On a busy host the emulator is scheduled away meanwhile,
+the result is wrong by up to ten times, and so is every clock and timeout of that guest. It is told instead.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _TRIES = 20
 
 @functools.cache
 def frequency_khz() -> int | None:
-    """Counts per millisecond; None if this process may not execute the instruction (or the machine has none)."""
+    """Counts per millisecond; None if this process may not execute the instruction."""
     try:
         page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
     except OSError:
