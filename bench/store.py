@@ -161,7 +161,7 @@ def of_sockets(pages: Path) -> list[Record]:
                 values = Path(directory) / "values"
                 values.write_bytes(os.urandom(2048 * corpus.PAGE_BYTES))
             load, rates, memory = Load(values, mode), defaultdict(list), {}
-            with servers(Path(directory)) as found:
+            with servers(Path(directory), compression=mode != "raw") as found:
                 for _ in range(SOCKET_ROUNDS):
                     for server in found:
                         for name, rate in load.run(EXAMPLES / "load", server).items():

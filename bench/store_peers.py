@@ -82,10 +82,11 @@ def _process(arguments: list[str], socket: Path) -> Iterator[int]:
 
 
 @contextmanager
-def servers(directory: Path) -> Iterator[list[Server]]:
+def servers(directory: Path, *, compression: bool) -> Iterator[list[Server]]:
     """The native engine, Redis and memcached, with persistence off, each on a unix socket."""
     with ExitStack() as stack:
         engine = tmem_native.Engine(capacity_bytes=2048 * _MIB)
+        engine.set_compression(compression)
         engine.add_vm("load", quota_bytes=2048 * _MIB, hybrid_socket=str(directory / "tmem"))
         found = [
             Server("tmem", directory / f"tmem_{_PORT}", lambda: engine.usage()["used_bytes"]),

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use parking_lot::{Mutex, MutexGuard};
+use crate::sync::{Mutex, MutexGuard};
 use tmem_wire::{Key, ObjectId};
 
 use crate::slot::SlotRef;

@@ -36,6 +36,7 @@ mod slabs;
 mod slot;
 pub mod stats;
 mod store;
+mod sync;
 mod tuner;
 mod vm;
 

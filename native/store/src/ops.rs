@@ -16,6 +16,7 @@ use crate::index::{hash, Cursor, Shard, BLOCK_BYTES};
 use crate::pool::{count, Pool, PoolRef};
 use crate::slot::{SlotRef, State};
 use crate::store::Store;
+use crate::sync;
 use crate::tuner;
 
 /// What a page's reference in the index costs, bytes.
@@ -26,7 +27,7 @@ struct Scratch {
     block: [u8; BLOCK_MAX],
 }
 
-thread_local! {
+sync::thread_local! {
     static SCRATCH: RefCell<Box<Scratch>> =
         RefCell::new(Box::new(Scratch { page: [0; PAGE_BYTES], block: [0; BLOCK_MAX] }));
 }
@@ -61,7 +62,9 @@ impl Store {
         let status = if pool.vm.frozen.load(SeqCst) {
             PutStatus::Frozen
         } else {
-            SCRATCH.with_borrow_mut(|scratch| self.encode(pool, key, encoding, payload, checksum, scratch))
+            SCRATCH.with(|scratch| {
+                self.encode(pool, key, encoding, payload, checksum, &mut scratch.borrow_mut())
+            })
         };
         if status == PutStatus::Stored {
             count(&pool.counters.puts_accepted, 1);
@@ -252,7 +255,8 @@ impl Store {
             let payload = unsafe { slot.payload(state.length()) };
             if encoding == Encoding::Lz4 && !accept_lz4 {
                 // Copy the block, not the page: the lock is held for a fraction of what decompression takes.
-                SCRATCH.with_borrow_mut(|scratch| {
+                SCRATCH.with(|scratch| {
+                    let mut scratch = scratch.borrow_mut();
                     let block = &mut scratch.block[..payload.len()];
                     block.copy_from_slice(payload);
                     drop(shard);

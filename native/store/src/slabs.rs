@@ -6,7 +6,7 @@
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 
-use parking_lot::Mutex;
+use crate::sync::Mutex;
 
 use crate::arena::Arena;
 use crate::layout::{Classes, MAX_SLABS, MAX_SLOTS};
@@ -71,6 +71,13 @@ struct Backing {
     capacity: u32,
 }
 
+/// Zeroed memory of which only what is touched is taken from the host.
+fn zeroed(words: usize) -> Box<[AtomicU64]> {
+    let words = vec![0_u64; words].into_boxed_slice();
+    // SAFETY: `AtomicU64` has the size, alignment and bit validity of `u64`.
+    unsafe { Box::from_raw(Box::into_raw(words) as *mut [AtomicU64]) }
+}
+
 /// Gives out and takes back slots.
 pub(crate) struct Slabs {
     arena: Arena,
@@ -89,8 +96,7 @@ impl Slabs {
         Slabs {
             arena,
             slab_bytes,
-            // Zeroed pages that are not touched take no memory.
-            meta: std::iter::repeat_with(|| AtomicU64::new(0)).take(MAX_SLABS as usize).collect(),
+            meta: zeroed(MAX_SLABS as usize),
             lists: (0..classes.len()).map(|_| Mutex::default()).collect(),
             free_slots: (0..classes.len()).map(|_| AtomicUsize::new(0)).collect(),
             backing: Mutex::new(Backing { spare: vec![], holes: vec![], next: 0, backed: 0, capacity }),

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::Arc;
 
-use parking_lot::{Mutex, RwLock};
+use crate::sync::{Mutex, RwLock};
 use tmem_wire::{PoolCreate, PAGE_BYTES};
 
 use crate::config::{Attach, Incompressible, PoolId, VmId, VmLimits};

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 
-use parking_lot::Mutex;
+use crate::sync::Mutex;
 use tmem_wire::PAGE_BYTES;
 
 use crate::config::{VmId, VmLimits};
