@@ -70,6 +70,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What one VM may use of the daemon, and how long it may take."""
 
     connections: int = 16
+    connections_per_s: int = 50
+    """Connections a VM may open in a second, and as many at once; 0 for no limit."""
     in_flight: str = "40M"
     """Buffers of a VM's connections for frames over 192 KiB, together."""
     in_flight_total: str = "256M"
@@ -100,7 +102,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name in ("hello_timeout_s", "frame_timeout_s", "stall_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is over 0")
-        for name in ("pages_per_s", "keep_alive_s", "drain_timeout_s", "busy_poll_us"):
+        for name in ("connections_per_s", "pages_per_s", "keep_alive_s", "drain_timeout_s", "busy_poll_us"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is not negative")
 

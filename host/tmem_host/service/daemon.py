@@ -46,6 +46,7 @@ def open_engine(config: TmemdConfig) -> Engine:
             socket_mode=int(config.sockets.mode, 8),
             socket_gid=_gid(config.sockets.group),
             connections=limits.connections,
+            connections_per_s=limits.connections_per_s,
             in_flight_bytes=parse_size(limits.in_flight),
             in_flight_bytes_total=parse_size(limits.in_flight_total),
             pages_per_s=limits.pages_per_s,

@@ -97,7 +97,7 @@ impl Engine {
     /// Open the arena (a file, or anonymous memory) and recover what is in it. No guest is served before `add_vm`.
     #[new]
     #[pyo3(signature = (*, capacity_bytes, arena=None, store_incompressible=true, socket_mode=0o660, socket_gid=None,
-        connections=16, in_flight_bytes=40 << 20, in_flight_bytes_total=256 << 20, pages_per_s=0, max_in_flight=64,
+        connections=16, connections_per_s=50, in_flight_bytes=40 << 20, in_flight_bytes_total=256 << 20, pages_per_s=0, max_in_flight=64,
         hello_timeout_s=10.0, frame_timeout_s=30.0, stall_timeout_s=30.0, keep_alive_s=0.0, busy_poll_us=50))]
     #[allow(clippy::too_many_arguments)]
     fn new(
@@ -108,6 +108,7 @@ impl Engine {
         socket_mode: u32,
         socket_gid: Option<u32>,
         connections: usize,
+        connections_per_s: u64,
         in_flight_bytes: u64,
         in_flight_bytes_total: u64,
         pages_per_s: u64,
@@ -127,6 +128,7 @@ impl Engine {
         }
         let limits = Limits {
             connections,
+            connections_per_s,
             in_flight_bytes,
             in_flight_bytes_total,
             pages_per_s,
@@ -328,6 +330,11 @@ impl Engine {
     /// Change how much memory may be lent; returns what it is then.
     fn set_capacity(&self, py: Python<'_>, capacity_bytes: u64) -> PyResult<u64> {
         py.detach(|| self.engine.store().set_capacity(capacity_bytes)).map_err(admin_error)
+    }
+
+    /// Compress the pages that come in from now on, or store them raw.
+    fn set_compression(&self, on: bool) {
+        self.engine.store().set_compression(on);
     }
 
     /// Give memory back to the host; returns how much it was.
