@@ -72,6 +72,12 @@ def test_registers_and_divides(tmemd: Tmemd, domains: Domains, loop: Loop) -> No
     assert loop.state == "static, 2 VMs"
 
 
+def test_registers_nothing_if_told_so(tmemd: Tmemd, domains: Domains) -> None:
+    domains.start("a", VmSpec())
+    Loop(cast(Client, tmemd), domains, register=False).round()
+    assert tmemd.registered == {}
+
+
 def test_shrinks_before_it_grows(tmemd: Tmemd, loop: Loop) -> None:
     tmemd.registered = {"a": vm("a", quota_bytes=100 * MIB), "b": vm("b", quota_bytes=900 * MIB)}
     loop.round()

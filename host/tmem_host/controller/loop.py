@@ -56,10 +56,17 @@ class Loop:
     """Collect, decide, apply. Keeps no state that a restart would miss, but the last counters."""
 
     def __init__(
-        self, client: Client, domains: Domains, *, clock: Callable[[], float] = time.monotonic
+        self,
+        client: Client,
+        domains: Domains,
+        *,
+        register: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`register`: whether domains that ask for tmem and are unknown to tmemd are registered."""
         self._client = client
         self._domains = domains
+        self._register = register
         self._clock = clock
         self._registrar = Registrar()
         self._sampler = Sampler()
@@ -87,7 +94,7 @@ class Loop:
             self._wait_for("libvirt")
             return 0
         vms = self._client.vms()
-        if self._registrar.register(self._client, running, [vm.name for vm in vms]):
+        if self._register and self._registrar.register(self._client, running, [vm.name for vm in vms]):
             vms = self._client.vms()
         capacity_bytes = self._client.status().capacity_bytes
         snapshot = self._sampler.sample(capacity_bytes, vms, running, self._clock())

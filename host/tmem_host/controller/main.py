@@ -30,11 +30,18 @@ _log = logging.getLogger("tmem_host.controller")
 )
 @click.option("--no-libvirt", is_flag=True, help="Follow connected guests only; there is no libvirt here.")
 @click.option(
+    "--no-register",
+    is_flag=True,
+    help="Leave VMs that tmemd does not know alone; somebody else registers them.",
+)
+@click.option(
     "--interval", "interval_s", type=click.FloatRange(min=0.05), default=1.0, show_default=True,
     help="Seconds between two rounds.",
 )  # fmt: skip
 @click.option("--verbose", is_flag=True, help="Log details.")
-def controller(socket: Path, connect: str, *, no_libvirt: bool, interval_s: float, verbose: bool) -> None:
+def controller(
+    socket: Path, connect: str, *, no_libvirt: bool, no_register: bool, interval_s: float, verbose: bool
+) -> None:
     """Follow libvirt and tmemd, and move quota between running VMs.
 
     Runs until SIGTERM. A tmemd or libvirtd that is not there yet, or restarts, is waited for; meanwhile the
@@ -68,7 +75,7 @@ def controller(socket: Path, connect: str, *, no_libvirt: bool, interval_s: floa
             domains = NoDomains()
         else:
             domains = stack.enter_context(DomainWatch(connect, interval_s=interval_s, wake=wake))
-        loop = Loop(client, domains)
+        loop = Loop(client, domains, register=not no_register)
         told = loop.state
         notify(f"READY=1\nSTATUS={told}")
         _log.info("following %s and %s", "no libvirt" if no_libvirt else connect, socket)

@@ -55,7 +55,7 @@ def parts() -> tuple[Part, ...]:
             memory_bytes=256 * _MIB,
             cpus=1,
             fill_bytes=224 * _MIB,
-            compare=("include/linux", "lib"),
+            compare=("kernel", "mm"),
             work=fio_work("mixed", 96 * _MIB, 120),
         ),
         Part(
@@ -64,7 +64,7 @@ def parts() -> tuple[Part, ...]:
             memory_bytes=256 * _MIB,
             cpus=2,
             fill_bytes=192 * _MIB,
-            compare=("include/linux", "mm"),
+            compare=("mm", "kernel/sched"),
             work=kernel_work("mm", 2),
         ),
     )

@@ -88,7 +88,9 @@ def running(logs: Path, *, capacity: str, made: Callable[[Path], None]) -> Itera
         arguments = [str(word) for option in options.items() for word in option]
         tmemd = stack.enter_context(_process(started, "tmemd", ["-m", "tmem_host.service.main", *arguments]))
         _wait_for_answer(started, tmemd)
-        stack.enter_context(_process(started, "controller", ["-m", "tmem_host.controller.main"]))
+        # Without registering: VMs that are not the demonstration's may run under the same libvirtd.
+        controller = ["-m", "tmem_host.controller.main", "--no-register"]
+        stack.enter_context(_process(started, "controller", controller))
         yield started
 
 
