@@ -4,6 +4,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, Statx, Timespec, Timestamps};
 use rustix::io::Errno;
 
 use super::abi::{fattr, Attr, AttrOut, GetattrIn, SetattrIn, StatfsOut, StatxIn, StatxOut, SxTime};
+use super::content::note_told;
 use super::inode::Inode;
 use super::tree::{encode_device, stat_fd, Call, Done, Tree};
 
@@ -39,7 +40,7 @@ fn stamp(seconds: u64, nanoseconds: i64) -> Timespec {
 
 impl Tree {
     fn reply_attr(&self, call: &mut Call, inode: &Inode, stat: &Statx) {
-        self.note_told(inode, stat);
+        note_told(inode, stat);
         call.reply(&AttrOut {
             attr_valid: self.trust.lifetime.as_secs(),
             attr_valid_nsec: self.trust.lifetime.subsec_nanos(),
@@ -59,7 +60,7 @@ impl Tree {
         let inode = self.target(call)?;
         let _: StatxIn = call.args.take()?;
         let stat = stat_fd(&inode.fd)?;
-        self.note_told(&inode, &stat);
+        note_told(&inode, &stat);
         call.reply(&StatxOut {
             attr_valid: self.trust.lifetime.as_secs(),
             attr_valid_nsec: self.trust.lifetime.subsec_nanos(),

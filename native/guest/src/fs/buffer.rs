@@ -8,12 +8,9 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::device::MAX_READ;
 
-/// Bytes of a small buffer: what a random read or a short read-ahead needs.
-const SMALL_BYTES: usize = 64 << 10;
-/// How many small buffers there may be: some being read, the rest waiting to be put.
-const SMALL: usize = 24;
-/// How many large buffers there may be.
-const LARGE: usize = 4;
+/// Sizes of buffers in bytes, and how many of each there may be: for random reads, for the kernel's first read-ahead
+/// windows, for its largest. A few serve the readers, the rest wait to be put.
+const KINDS: [(usize, usize); 3] = [(16 << 10, 64), (128 << 10, 8), (MAX_READ, 3)];
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(4096))]
@@ -47,21 +44,21 @@ impl Kind {
 
 /// All buffers.
 pub(crate) struct Buffers {
-    kinds: Mutex<[Kind; 2]>,
+    kinds: Mutex<[Kind; KINDS.len()]>,
     returned: Condvar,
 }
 
 impl Buffers {
     /// Nothing is allocated yet.
     pub(crate) fn new() -> Arc<Buffers> {
-        let kinds = [Kind::new(SMALL_BYTES, SMALL), Kind::new(MAX_READ, LARGE)];
+        let kinds = KINDS.map(|(bytes, most)| Kind::new(bytes, most));
         Arc::new(Buffers { kinds: Mutex::new(kinds), returned: Condvar::new() })
     }
 
     /// A buffer of at least `bytes`, at most [`MAX_READ`]. If there is none, `steal` may free one that only waits
     /// to be put; otherwise wait for another reader to finish.
     pub(crate) fn take(self: &Arc<Buffers>, bytes: usize, steal: impl Fn(usize) -> bool) -> Buffer {
-        let kind = usize::from(bytes > SMALL_BYTES);
+        let kind = KINDS.iter().position(|(size, _)| bytes <= *size).unwrap_or(KINDS.len() - 1);
         loop {
             if let Some(pages) = self.kinds.lock()[kind].take() {
                 return Buffer { pages, kind, home: self.clone() };
@@ -163,15 +160,16 @@ mod tests {
     #[test]
     fn a_buffer_comes_back_and_may_be_stolen() {
         let buffers = Buffers::new();
-        let mut held: Vec<_> = (0..LARGE).map(|_| buffers.take(MAX_READ, |_| false)).collect();
+        let (_, most) = KINDS[2];
+        let mut held: Vec<_> = (0..most).map(|_| buffers.take(MAX_READ, |_| false)).collect();
         held[0].bytes_mut()[MAX_READ - 1] = 1;
         assert_eq!(held[0].bytes().as_ptr() as usize % PAGE_BYTES, 0);
         let held = Mutex::new(held);
         let stolen = buffers.take(MAX_READ, |kind| {
-            assert_eq!(kind, 1);
+            assert_eq!(kind, 2);
             held.lock().pop().is_some()
         });
         assert_eq!(stolen.bytes().len(), MAX_READ);
-        assert_eq!(held.lock().len(), LARGE - 1);
+        assert_eq!(held.lock().len(), most - 1);
     }
 }

@@ -24,6 +24,10 @@ const GET_BATCH: usize = 32;
 /// How long a connection may rest. Then it is tried, so that tmemd does not take this end for dead, and a dead
 /// connection is replaced before a reader needs it.
 pub(crate) const KEEP_ALIVE: Duration = Duration::from_secs(2);
+/// How long a put may wait for others to travel with, and how many pages make it worth going.
+const GATHER: Duration = Duration::from_millis(3);
+/// Pages in one PUT frame.
+pub(crate) const PUT_BATCH: usize = 32;
 /// Flushes that may wait. More are dropped: they only save memory at the host.
 const FLUSHES: usize = 1024;
 
@@ -100,17 +104,46 @@ pub(crate) struct Put {
     pub(crate) had: PageSet,
 }
 
+impl Put {
+    /// Pages to put.
+    pub(crate) fn missing(&self) -> usize {
+        self.pages - self.had.len()
+    }
+}
+
 #[derive(Default)]
 struct Queue {
     puts: VecDeque<Put>,
+    /// Pages to put in them.
+    pages: usize,
+    /// When the oldest came, roughly.
+    since: Option<Instant>,
     flushes: VecDeque<ObjectId>,
     closing: bool,
+}
+
+impl Queue {
+    /// Puts that fill a frame, or one that fills several.
+    fn gather(&mut self) -> Vec<Put> {
+        let mut taken = Vec::new();
+        let mut pages = 0;
+        while let Some(put) = self.puts.front() {
+            if pages > 0 && pages + put.missing() > PUT_BATCH {
+                break;
+            }
+            pages += put.missing();
+            taken.extend(self.puts.pop_front());
+        }
+        self.pages -= pages;
+        self.since = None;
+        taken
+    }
 }
 
 /// What the background thread has to do next.
 pub(crate) enum Work {
     /// Put pages.
-    Put(Put),
+    Put(Vec<Put>),
     /// Flush objects.
     Flush(Vec<ObjectId>),
     /// Nothing for now.
@@ -246,8 +279,16 @@ impl Cache {
 
     /// Put pages some time later, or not at all.
     pub(crate) fn put(&self, put: Put) {
-        self.queue.lock().puts.push_back(put);
-        self.wake.notify_one();
+        let mut queue = self.queue.lock();
+        let before = queue.pages;
+        queue.pages += put.missing();
+        queue.puts.push_back(put);
+        // The first starts the wait for others, and enough of them end it.
+        let wake = before == 0 || (before < PUT_BATCH && queue.pages >= PUT_BATCH);
+        drop(queue);
+        if wake {
+            self.wake.notify_one();
+        }
     }
 
     /// Drop the oldest waiting put that holds a buffer of this kind, because a reader needs it.
@@ -255,10 +296,11 @@ impl Cache {
         let mut queue = self.queue.lock();
         let found = queue.puts.iter().position(|put| put.buffer.kind() == kind);
         let stolen = found.and_then(|at| queue.puts.remove(at));
-        drop(queue);
         if let Some(put) = &stolen {
-            count(&self.counters.dropped_pages, put.pages - put.had.len());
+            queue.pages -= put.missing();
+            count(&self.counters.dropped_pages, put.missing());
         }
+        drop(queue);
         stolen.is_some()
     }
 
@@ -286,13 +328,21 @@ impl Cache {
                 let most = queue.flushes.len().min(tmem_wire::MAX_BATCH);
                 return Work::Flush(queue.flushes.drain(..most).collect());
             }
-            if let Some(put) = queue.puts.pop_front() {
-                return Work::Put(put);
+            let mut until = until;
+            if queue.puts.is_empty() {
+                queue.since = None;
+            } else {
+                let since = *queue.since.get_or_insert_with(Instant::now);
+                if queue.pages >= PUT_BATCH || since.elapsed() >= GATHER {
+                    return Work::Put(queue.gather());
+                }
+                let due = since + GATHER;
+                until = Some(until.map_or(due, |until| until.min(due)));
             }
             match until {
                 None => self.wake.wait(&mut queue),
                 Some(until) => {
-                    if self.wake.wait_until(&mut queue, until).timed_out() {
+                    if self.wake.wait_until(&mut queue, until).timed_out() && queue.puts.is_empty() {
                         return Work::Idle;
                     }
                 }
@@ -315,6 +365,7 @@ impl Cache {
         let mut queue = self.queue.lock();
         queue.closing = true;
         queue.puts.clear();
+        queue.pages = 0;
         drop(queue);
         self.wake.notify_all();
     }

@@ -56,13 +56,6 @@ impl Tree {
         keep
     }
 
-    /// The kernel is being told a file's attributes.
-    pub(crate) fn note_told(&self, inode: &Inode, stat: &Statx) {
-        if inode.kind == libc::S_IFREG {
-            inode.content.lock().told = Some(Version::of(stat));
-        }
-    }
-
     /// Whether the size and times that the kernel knows of a file that is being opened are of another version.
     pub(crate) fn is_told_old(&self, inode: &Inode, now: &Version) -> bool {
         !self.trust.lifetime.is_zero() && inode.content.lock().told.as_ref() != Some(now)
@@ -77,5 +70,12 @@ impl Tree {
     /// Whether no later change can hide behind this version.
     fn trusted(&self, version: &Version) -> bool {
         self.trust.versions || version.settled()
+    }
+}
+
+/// The kernel is being told a file's attributes.
+pub(crate) fn note_told(inode: &Inode, stat: &Statx) {
+    if inode.kind == libc::S_IFREG {
+        inode.content.lock().told = Some(Version::of(stat));
     }
 }

@@ -14,9 +14,8 @@ use super::abi::{self, init, InHeader, InitIn, InitInExt, InitOut, OutHeader};
 
 /// Largest READ the kernel may send, in bytes; also the read-ahead asked for.
 pub(crate) const MAX_READ: usize = 1 << 20;
-/// Largest WRITE the kernel may send, in bytes. Every worker has a buffer of this size, and past 256 KiB a larger
-/// write gains nothing measurable.
-pub(crate) const MAX_WRITE: usize = 256 << 10;
+/// Largest WRITE the kernel may send, in bytes. Every worker has a buffer of this size, which bounds it.
+pub(crate) const MAX_WRITE: usize = 128 << 10;
 /// Bytes of a worker's request buffer: the largest WRITE with its headers.
 pub(crate) const REQUEST_BYTES: usize = MAX_WRITE + 4096;
 

@@ -21,6 +21,10 @@
 //!
 //! docs/file-cache.md has the argument why no reader ever sees stale data.
 
+// The kernel's numbers are signed in one place and unsigned in the next; none of them comes near the sign bit, or
+// both sides mean the same bits.
+#![allow(clippy::cast_possible_wrap)]
+
 mod abi;
 mod attr;
 mod buffer;

@@ -8,13 +8,11 @@ use std::time::{Duration, Instant};
 use tmem_wire::pages::{decode_statuses, write_objects, PutWriter};
 use tmem_wire::{Key, ObjectId, Op, PutStatus, PAGE_BYTES};
 
-use super::cache::{ping, Cache, Host, Put, Work, KEEP_ALIVE};
+use super::cache::{ping, Cache, Host, Put, Work, KEEP_ALIVE, PUT_BATCH};
 use super::counters::count;
 use crate::link::{check, Backoff, LinkError, LinkReader, LinkWriter};
 use crate::swap::page::{checksum, Encoder};
 
-/// Pages in one PUT frame.
-const PUT_BATCH: usize = 32;
 /// Frames that may be unanswered, if the host allows as many.
 const WINDOW: usize = 4;
 /// How long the host may take to answer a put before the connection counts as broken.
@@ -40,7 +38,7 @@ struct Putter {
 pub(crate) fn run(cache: &Arc<Cache>, host: &Host) {
     // Readers first: compressing and sending happens when there is nothing better to do.
     // SAFETY: setpriority touches no memory; 0 means the calling thread.
-    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 5) };
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 10) };
     let mut encoder = Encoder::new(host.compress);
     let mut backoff = Backoff::default();
     let mut pause = Backoff::new(PAUSE.0, PAUSE.1);
@@ -72,17 +70,17 @@ pub(crate) fn run(cache: &Arc<Cache>, host: &Host) {
             return;
         }
         let Some(link) = &mut putter else {
-            if let Work::Put(put) = &work {
-                count(&cache.counters.dropped_pages, put.pages - put.had.len());
+            if let Work::Put(puts) = &work {
+                drop_all(cache, puts);
             }
             continue;
         };
         let done = match work {
-            Work::Put(put) if Instant::now() < paused => {
-                count(&cache.counters.dropped_pages, put.pages - put.had.len());
+            Work::Put(puts) if Instant::now() < paused => {
+                drop_all(cache, &puts);
                 Ok(true)
             }
-            Work::Put(put) => link.put(cache, &put, &mut encoder),
+            Work::Put(puts) => link.put(cache, puts, &mut encoder),
             Work::Flush(objects) => link.flush(cache, &objects).map(|()| true),
             Work::Idle => link.keep_alive(cache).map(|()| true),
             Work::Close => Ok(true),
@@ -105,6 +103,10 @@ pub(crate) fn run(cache: &Arc<Cache>, host: &Host) {
     }
 }
 
+fn drop_all(cache: &Cache, puts: &[Put]) {
+    count(&cache.counters.dropped_pages, puts.iter().map(Put::missing).sum());
+}
+
 fn connect(host: &Host) -> Result<Putter, LinkError> {
     let (mut link, pool) = host.connect()?;
     link.set_timeout(PUT_TIMEOUT)?;
@@ -120,9 +122,15 @@ fn connect(host: &Host) -> Result<Putter, LinkError> {
 
 impl Putter {
     /// Put pages; `false` if the host took none of those it answered for meanwhile.
-    fn put(&mut self, cache: &Cache, put: &Put, encoder: &mut Encoder) -> Result<bool, LinkError> {
+    fn put(&mut self, cache: &Cache, puts: Vec<Put>, encoder: &mut Encoder) -> Result<bool, LinkError> {
         let mut taken = true;
-        let missing: Vec<usize> = put.had.gaps(put.pages).flat_map(|(first, end)| first..end).collect();
+        let missing: Vec<(usize, usize)> = puts
+            .iter()
+            .enumerate()
+            .flat_map(|(n, put)| {
+                put.had.gaps(put.pages).flat_map(|(first, end)| first..end).map(move |page| (n, page))
+            })
+            .collect();
         for batch in missing.chunks(PUT_BATCH) {
             while self.waiting.len() >= self.window {
                 taken &= self.answer(cache)?;
@@ -132,7 +140,8 @@ impl Putter {
             let mut keys = Vec::with_capacity(batch.len());
             let count = batch.len() as u16;
             let mut writer = PutWriter::begin(&mut self.frame, self.tag, self.pool, count, self.checksums);
-            for &page in batch {
+            for &(n, page) in batch {
+                let put = &puts[n];
                 let key = Key { object: put.object, index: put.first + page as u32 };
                 let bytes = &put.buffer.bytes()[page * PAGE_BYTES..][..PAGE_BYTES];
                 encoder.put(&mut writer, &key, bytes, checksum(bytes));
@@ -143,6 +152,8 @@ impl Putter {
             self.used = Instant::now();
             self.waiting.push_back((self.tag, keys));
         }
+        // Readers may have the buffers back; the frames are on their way.
+        drop(puts);
         // Whatever is answered by now; the rest at the next put. Only a full window is waited for, but an idle
         // link should not keep pages from being found.
         while self.waiting.len() > self.window / 2 {

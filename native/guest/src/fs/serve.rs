@@ -60,7 +60,7 @@ fn system(what: &'static str) -> impl Fn(Errno) -> FsError {
     move |errno| FsError::System { what, source: errno.into() }
 }
 
-fn bad(path: &Path, problem: impl ToString, hint: &'static str) -> FsError {
+fn bad(path: &Path, problem: &dyn std::fmt::Display, hint: &'static str) -> FsError {
     FsError::Path { path: path.to_owned(), problem: problem.to_string(), hint }
 }
 
@@ -87,6 +87,7 @@ const FOREVER: Duration = Duration::from_secs(86_400);
 const WATCHED: Duration = Duration::from_secs(60);
 
 /// Mount and serve until unmounted or told to end.
+#[allow(clippy::needless_pass_by_value)] // The signature all subcommands have.
 pub fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     Ok(serve(&args)?)
 }
@@ -124,7 +125,7 @@ fn serve(args: &Args) -> Result<(), FsError> {
 
     let device = Device::mount(&mount, &lower_path, lower.flags).map_err(|errno| match errno {
         Errno::NOENT | Errno::NODEV | Errno::PERM | Errno::ACCESS => FsError::Fuse(errno),
-        other => bad(&mount, format!("mounting failed: {other}"), "look at the kernel log"),
+        other => bad(&mount, &format!("mounting failed: {other}"), "look at the kernel log"),
     })?;
     let mounted = Mounted { path: mount.clone(), gone: false };
     let agreed = device.handshake(wanted).map_err(system("the first exchange with the kernel"))?;
@@ -153,7 +154,7 @@ fn serve(args: &Args) -> Result<(), FsError> {
         .clone()
         .unwrap_or_else(|| Path::new("/run/tmem").join(format!("fs-{}.sock", status::escape(&mount))));
     let listener = status::listen(&socket)
-        .map_err(|error| bad(&socket, error, "give another place with --status-socket"))?;
+        .map_err(|error| bad(&socket, &error, "give another place with --status-socket"))?;
     {
         let tree = tree.clone();
         spawn("tmem-status", move || status::run(&listener, &tree, &names))?;
@@ -186,7 +187,7 @@ fn serve(args: &Args) -> Result<(), FsError> {
 
 fn end(mounted: Mounted, workers: &Workers, signals: &Signals, linger: Duration) -> Result<(), FsError> {
     let path = mounted.path.clone();
-    let idle = mounted.unmount().map_err(|errno| bad(&path, errno, "unmount it by hand"))?;
+    let idle = mounted.unmount().map_err(|errno| bad(&path, &errno, "unmount it by hand"))?;
     if idle {
         log::info!("{} is unmounted", path.display());
     } else {
@@ -249,26 +250,26 @@ fn open_lower(args: &Args) -> Result<(PathBuf, Lower), FsError> {
             Errno::NOENT => "create it, or give another with --lower",
             _ => "run as root on a mounted file system",
         };
-        bad(&args.lower, errno, hint)
+        bad(&args.lower, &errno, hint)
     })?;
     let path = std::fs::canonicalize(&args.lower)
-        .map_err(|error| bad(&args.lower, error, "give an existing directory with --lower"))?;
+        .map_err(|error| bad(&args.lower, &error, "give an existing directory with --lower"))?;
     Ok((path, lower))
 }
 
 fn check_mount(args: &Args, lower: &Path) -> Result<PathBuf, FsError> {
     let absolute = std::path::absolute(&args.mount)
-        .map_err(|error| bad(&args.mount, error, "give a directory with --mount"))?;
-    clear_dead_mounts(&absolute).map_err(|errno| bad(&absolute, errno, "unmount it by hand"))?;
+        .map_err(|error| bad(&args.mount, &error, "give a directory with --mount"))?;
+    clear_dead_mounts(&absolute).map_err(|errno| bad(&absolute, &errno, "unmount it by hand"))?;
     let mount = std::fs::canonicalize(&absolute)
-        .map_err(|error| bad(&absolute, error, "create it, or give another with --mount"))?;
+        .map_err(|error| bad(&absolute, &error, "create it, or give another with --mount"))?;
     if !mount.is_dir() {
-        return Err(bad(&mount, "not a directory", "give a directory with --mount"));
+        return Err(bad(&mount, &"not a directory", "give a directory with --mount"));
     }
     if mount != lower && (mount.starts_with(lower) || lower.starts_with(&mount)) {
         return Err(bad(
             &mount,
-            "one of the two directories is inside the other",
+            &"one of the two directories is inside the other",
             "mount over the lower directory itself or outside of it",
         ));
     }
@@ -279,7 +280,7 @@ fn check_mount(args: &Args, lower: &Path) -> Result<PathBuf, FsError> {
             && line.windows(11).any(|part| part == b" fuse.tmem ")
     });
     if served {
-        return Err(bad(&mount, "a tmem file cache is mounted there already", "unmount it first"));
+        return Err(bad(&mount, &"a tmem file cache is mounted there already", "unmount it first"));
     }
     Ok(mount)
 }
@@ -412,10 +413,8 @@ impl Signals {
     fn wait(&self, other: impl AsFd, until: Option<Instant>) -> Result<bool, FsError> {
         loop {
             let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-            let left = left.map(|left| Timespec {
-                tv_sec: left.as_secs().cast_signed(),
-                tv_nsec: left.subsec_nanos().into(),
-            });
+            let left = left
+                .map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
             let mut fds = [PollFd::new(&self.0, PollFlags::IN), PollFd::new(&other, PollFlags::IN)];
             match poll(&mut fds, left.as_ref()) {
                 Ok(0) => return Ok(false),

@@ -17,6 +17,7 @@ use super::attr;
 use super::buffer::Buffers;
 use super::cache::Cache;
 use super::caller::{Caller, Rights};
+use super::content::note_told;
 use super::device::Device;
 use super::handle::Handles;
 use super::inode::{Identity, Inode, Inodes};
@@ -119,7 +120,7 @@ impl Tree {
 
     /// The answer that tells the kernel of an inode.
     pub(crate) fn entry(&self, inode: &Inode, stat: &Statx) -> EntryOut {
-        self.note_told(inode, stat);
+        note_told(inode, stat);
         EntryOut {
             nodeid: inode.node,
             generation: 0,

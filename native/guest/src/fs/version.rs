@@ -40,7 +40,7 @@ impl Version {
         let now = clock_gettime(ClockId::RealtimeCoarse);
         let now = i128::from(now.tv_sec) * 1_000_000_000 + i128::from(now.tv_nsec);
         let changed = i128::from(self.ctime.0) * 1_000_000_000 + i128::from(self.ctime.1);
-        now - changed > SETTLE.as_nanos() as i128
+        now - changed > i128::from(SETTLE.as_millis() as u32) * 1_000_000
     }
 }
 

@@ -39,6 +39,8 @@ const HANDLE_AT: usize = 12;
 /// An answer that was under way when an event came may still carry the old state to the kernel; so everything is
 /// invalidated a second time after as long as an answer can take on a busy machine.
 const AGAIN: Duration = Duration::from_millis(50);
+/// How long to leave events lying while this process makes them all.
+const REST: Duration = Duration::from_millis(1);
 /// Second invalidations that may wait. Past that, a storm of changes repeats itself anyway.
 const WAITING: usize = 4096;
 
@@ -70,7 +72,7 @@ impl Watch {
             | libc::FAN_REPORT_NAME;
         // SAFETY: no memory is passed; the descriptor is nobody else's.
         let events = unsafe {
-            let fd = libc::fanotify_init(flags, libc::O_RDONLY.cast_unsigned());
+            let fd = libc::fanotify_init(flags, libc::O_RDONLY as libc::c_uint);
             if fd < 0 {
                 return Err(last_error());
             }
@@ -99,10 +101,8 @@ impl Watch {
         let mut waiting: std::collections::VecDeque<(Instant, Change)> = std::collections::VecDeque::new();
         loop {
             let due = waiting.front().map(|(due, _)| due.saturating_duration_since(Instant::now()));
-            let due = due.map(|left| Timespec {
-                tv_sec: left.as_secs().cast_signed(),
-                tv_nsec: left.subsec_nanos().into(),
-            });
+            let due = due
+                .map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
             // The device reports an error once the file system is gone.
             let mut fds = [PollFd::new(&self.events, PollFlags::IN), PollFd::new(device, PollFlags::empty())];
             if let Err(error) = poll(&mut fds, due.as_ref()) {
@@ -114,10 +114,12 @@ impl Watch {
             if fds[1].revents().intersects(PollFlags::ERR | PollFlags::HUP) {
                 return;
             }
+            let (mut events, mut own_events) = (0, 0);
             while let Ok(length) = rustix::io::read(&self.events, &mut buffer) {
                 let mut rest = &buffer[..length];
                 while let Some((event, tail)) = split_event(rest) {
                     rest = tail;
+                    events += 1;
                     if event.mask & libc::FAN_Q_OVERFLOW != 0 {
                         log::error!(
                             "changes in the lower directory were missed: the kernel is out of memory"
@@ -125,6 +127,7 @@ impl Watch {
                         continue;
                     }
                     if event.pid == own {
+                        own_events += 1;
                         continue;
                     }
                     for change in self.changes(event.records) {
@@ -136,6 +139,10 @@ impl Watch {
                         }
                     }
                 }
+            }
+            if events > 0 && events == own_events {
+                // The mount itself is busy: do not wake up for each of its own changes.
+                std::thread::sleep(REST);
             }
             while waiting.front().is_some_and(|(due, _)| *due <= Instant::now()) {
                 if let Some((_, change)) = waiting.pop_front() {
