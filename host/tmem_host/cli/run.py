@@ -96,9 +96,9 @@ def fio_command(
 @click.option(
     "--target",
     "target_name",
-    default="mm",
+    default="small",
     show_default=True,
-    help="lib, mm, core, vmlinux, or a directory of the sources.",
+    help="small, lib, mm, core, vmlinux, or a directory of the sources.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Compilers at once.")
 @deadline_option(3600)

@@ -40,10 +40,10 @@ _RELAX_AFTER_S = 30.0
 _DEADLINE_S = 1800.0
 _LEFTOVER_DEADLINE_S = 10.0
 
-_CAPACITY = "160M"
-_INITIAL_QUOTA_BYTES = 80 * _MIB
-_SQUEEZED = "16M"
-_RELAXED = "64M"
+_CAPACITY = "96M"
+_INITIAL_QUOTA_BYTES = 48 * _MIB
+_SQUEEZED = "8M"
+_RELAXED = "48M"
 
 
 def parts() -> tuple[Part, ...]:
@@ -54,18 +54,18 @@ def parts() -> tuple[Part, ...]:
             workload="fio mixed",
             memory_bytes=256 * _MIB,
             cpus=1,
-            fill_bytes=224 * _MIB,
-            compare=("kernel", "mm"),
-            work=fio_work("mixed", 96 * _MIB, 120),
+            fill_bytes=200 * _MIB,
+            compare=("mm",),
+            work=fio_work("mixed", 64 * _MIB, 60),
         ),
         Part(
             name="demo-build",
-            workload="kernel-build mm",
+            workload="kernel-build small",
             memory_bytes=256 * _MIB,
             cpus=2,
-            fill_bytes=192 * _MIB,
+            fill_bytes=176 * _MIB,
             compare=("mm", "kernel/sched"),
-            work=kernel_work("mm", 2),
+            work=kernel_work("small", 2),
         ),
     )
 

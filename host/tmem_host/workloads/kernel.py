@@ -30,7 +30,8 @@ class Target:
 TARGETS = {
     target.name: target
     for target in (
-        Target("lib", "lib/, the shortest", ("lib/",)),
+        Target("small", "init/, kernel/time/, kernel/locking/", ("init/", "kernel/time/", "kernel/locking/")),
+        Target("lib", "lib/", ("lib/",)),
         Target("mm", "mm/, memory management", ("mm/",)),
         Target("core", "kernel/ and mm/", ("kernel/", "mm/")),
         Target("vmlinux", "the whole tiny kernel; tens of minutes on an emulated CPU", ("vmlinux",)),
