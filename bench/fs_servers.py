@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,7 +25,7 @@ def _run(*command: str | Path, cwd: Path | None = None) -> str:
 
 
 def passthrough_hp() -> Path:
-    """Libfuse's example, built from the source package of the distribution's own libfuse; cached in build/fuse3."""
+    """Libfuse's example, built from the source of the distribution's own libfuse; kept in build/fuse3."""
     program = FUSE_SOURCE / "passthrough_hp"
     if program.exists():
         return program
@@ -46,7 +47,16 @@ def passthrough_hp() -> Path:
     _run("tar", "xf", tarball, cwd=FUSE_SOURCE)
     example = next(FUSE_SOURCE.glob("fuse-*/example"))
     # What libfuse's own build finds out about the system, as far as the example asks.
-    features = ("SETXATTR", "UTIMENSAT", "POSIX_FALLOCATE", "FALLOCATE", "FSTATAT", "PIPE2", "SPLICE", "VMSPLICE")
+    features = (
+        "SETXATTR",
+        "UTIMENSAT",
+        "POSIX_FALLOCATE",
+        "FALLOCATE",
+        "FSTATAT",
+        "PIPE2",
+        "SPLICE",
+        "VMSPLICE",
+    )
     (example / "config.h").write_text("".join(f"#define HAVE_{name} 1\n" for name in features))
     _run(
         *("g++", "-std=c++17", "-O2", "-DFUSE_USE_VERSION=35", "-D_FILE_OFFSET_BITS=64"),
@@ -135,9 +145,7 @@ class Contenders:
 
 @contextmanager
 def _short_directory() -> Iterator[str]:
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="tm-", dir="/dev/shm") as name:  # noqa: S108
+    with tempfile.TemporaryDirectory(prefix="tm-", dir="/dev/shm") as name:
         yield name
 
 

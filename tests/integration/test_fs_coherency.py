@@ -5,7 +5,9 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,8 +31,6 @@ StartMount = Callable[..., FileCache]
 @pytest.fixture(scope="module")
 def lower() -> Iterator[Path]:
     with ExitStack() as stack:
-        import tempfile
-
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tmem-fs-")))
         yield stack.enter_context(lower_directory("ext4", directory))
 
@@ -306,8 +306,6 @@ def test_a_refusing_host_costs_nothing_but_the_hit(tmemd: Tmemd, start_mount: St
 
 
 def test_a_host_that_does_not_answer_is_not_waited_for(tmemd: Tmemd, start_mount: StartMount) -> None:
-    import signal
-
     mounted = start_mount("--get-timeout-ms", "50", endpoint=endpoint(tmemd))
     mounted.wait("connected", 1)
     content = content_of(100)

@@ -1,6 +1,6 @@
 """The mount behaves as the directory under it: each case is run on both, and what it tells is compared."""
 
-# ruff: noqa: PTH - the cases are about system calls, one by one.
+# ruff: noqa: PTH, PLW0108 - the cases are about system calls, one by one.
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from framework.daemon import Tmemd
 from integration.fs_mount import FileCache, forget, lower_directory
+from tmem_host.api.types import VmChange
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
@@ -281,10 +282,10 @@ def run(tmemd: Tmemd, lower: Path, tmp_path: Path, steps: int, kill: bool) -> Fi
     seed = int(os.environ.get("TMEM_FS_SEED") or random.SystemRandom().randrange(1 << 32))
     # Room for a part of the files only, so that the host evicts all the time.
     with tmemd.admin() as admin:
-        from tmem_host.api.types import VmChange
-
         admin.change_vm("a", VmChange(quota_bytes=2 << 20))
-    with FileCache(tmp_path, lower, "--get-timeout-ms", "200", endpoint=f"unix:{tmemd.vm_socket('a')}") as cache:
+    with FileCache(
+        tmp_path, lower, "--get-timeout-ms", "200", endpoint=f"unix:{tmemd.vm_socket('a')}"
+    ) as cache:
         cache.wait("connected", 1)
         model = tmp_path / "model"
         model.mkdir()
