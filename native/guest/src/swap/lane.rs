@@ -23,6 +23,8 @@ use super::shared::Shared;
 
 /// Nothing needs to be looked at more often than this while nothing happens.
 const IDLE: Duration = Duration::from_secs(1);
+/// While the host owes answers: how finely its silence is measured.
+const OWED: Duration = Duration::from_millis(20);
 /// While requests wait for a page that another lane holds.
 const WAITING: Duration = Duration::from_millis(1);
 /// While requests wait for the host to come back.
@@ -154,6 +156,7 @@ impl<F: Front> Lane<F> {
                 return self.settle();
             }
             self.hands.ring.wait(self.pause())?;
+            self.core.set_time(Instant::now());
             while let Some((token, result)) = self.hands.ring.completion() {
                 self.completed(token, result);
             }
@@ -193,6 +196,8 @@ impl<F: Front> Lane<F> {
             } else {
                 WAITING
             }
+        } else if self.core.in_flight() > 0 {
+            OWED
         } else {
             IDLE
         }

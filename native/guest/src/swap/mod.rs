@@ -91,6 +91,7 @@ fn pages(text: &str) -> Result<u32, String> {
 }
 
 /// Options of `tmem-guest swap`.
+#[allow(clippy::struct_excessive_bools)] // switches are switches
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The swap file (or block device) for pages the host refuses; made if it does not exist.
@@ -129,9 +130,12 @@ pub struct Args {
     /// Most pages a second that reclaim moves to the swap file.
     #[arg(long, default_value_t = 4096)]
     reclaim_rate: u32,
-    /// Seconds after which a host that does not answer counts as gone.
-    #[arg(long, default_value_t = 10)]
-    answer_timeout_s: u32,
+    /// Milliseconds after which a page that the host has not answered for is written to the swap file instead.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(5..))]
+    hedge_ms: u32,
+    /// Milliseconds after which a host that does not answer at all counts as gone, and is connected to anew.
+    #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(50..))]
+    answer_timeout_ms: u32,
     /// Do not split writes on vsock; for hosts with /dev/vhost-vsock or tmemd's own device.
     #[arg(long)]
     unsplit: bool,
@@ -161,9 +165,9 @@ pub fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     // Locks are not inherited, so the serving process takes its protections again.
     let service = || Service::new(args, shared, &file, protect::protect(args.require_protection)?);
     match &args.device {
-        Device::Serve(path) => Ok(service()?.serve_socket(path)?),
-        Device::Ublk => keeper::keep(shared, || Ok(service()?.serve_ublk(&mut Driver::open()?)?)),
-        Device::Auto | Device::Nbd => Err("no NBD yet".into()),
+        Device::Serve(path) => service()?.serve_socket(path),
+        Device::Ublk | Device::Auto => keeper::keep(shared, || service()?.serve_ublk(&mut Driver::open()?)),
+        Device::Nbd => Err("NBD devices are not part of this build; use ublk".into()),
     }
 }
 

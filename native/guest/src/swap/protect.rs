@@ -15,11 +15,22 @@ pub enum Protection {
     IoFlusher,
     /// OOM score −1000: the OOM killer takes somebody else.
     OomExempt,
+    /// `SCHED_FIFO`: the kernel lets real-time tasks use half of the memory it keeps back (`vm.min_free_kbytes`).
+    /// Sending a page to the host needs memory for the packet, and a lane that waits for it waits for itself.
+    RealTime,
+    /// `vm.min_free_kbytes` large enough for that half to be of use.
+    Reserve,
 }
 
 impl Protection {
     /// All of them.
-    pub const ALL: [Protection; 3] = [Protection::Locked, Protection::IoFlusher, Protection::OomExempt];
+    pub const ALL: [Protection; 5] = [
+        Protection::Locked,
+        Protection::IoFlusher,
+        Protection::OomExempt,
+        Protection::RealTime,
+        Protection::Reserve,
+    ];
 
     /// Its name in the status.
     pub fn name(self) -> &'static str {
@@ -27,6 +38,8 @@ impl Protection {
             Protection::Locked => "mlockall",
             Protection::IoFlusher => "io_flusher",
             Protection::OomExempt => "oom_exempt",
+            Protection::RealTime => "real_time",
+            Protection::Reserve => "memory_reserve",
         }
     }
 
@@ -35,6 +48,8 @@ impl Protection {
             Protection::Locked => "run as root, or raise RLIMIT_MEMLOCK (LimitMEMLOCK=infinity)",
             Protection::IoFlusher => "run as root (CAP_SYS_RESOURCE) on Linux 5.6 or later",
             Protection::OomExempt => "run as root, or set OOMScoreAdjust=-1000",
+            Protection::RealTime => "run as root, or set LimitRTPRIO=1",
+            Protection::Reserve => "run as root, or raise the sysctl vm.min_free_kbytes",
         }
     }
 
@@ -44,8 +59,39 @@ impl Protection {
             Protection::Locked => check(unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) }),
             Protection::IoFlusher => set_io_flusher(),
             Protection::OomExempt => std::fs::write("/proc/self/oom_score_adj", "-1000"),
+            Protection::RealTime => {
+                let lowest = libc::sched_param { sched_priority: 1 };
+                // SAFETY: the parameter outlives the call.
+                check(unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const lowest) })
+            }
+            Protection::Reserve => keep_reserve(),
         }
     }
+}
+
+/// Have the kernel keep back a thirty-second of memory, 4 to 32 MiB, and begin to free memory as much earlier. Never
+/// less than it does already.
+fn keep_reserve() -> io::Result<()> {
+    let total_kib = std::fs::read_to_string("/proc/meminfo")?
+        .lines()
+        .find_map(|line| {
+            line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+        })
+        .ok_or_else(|| io::Error::other("/proc/meminfo has no MemTotal"))?;
+    let wanted_kib = (total_kib / 32).clamp(4 << 10, 32 << 10);
+    raise("min_free_kbytes", wanted_kib)?;
+    // In ten-thousandths of memory.
+    raise("watermark_scale_factor", 200)
+}
+
+fn raise(setting: &str, wanted: u64) -> io::Result<()> {
+    let path = format!("/proc/sys/vm/{setting}");
+    let present: u64 = std::fs::read_to_string(&path)?.trim().parse().unwrap_or(0);
+    if present < wanted {
+        std::fs::write(&path, wanted.to_string())?;
+        log::info!("vm.{setting} raised from {present} to {wanted}");
+    }
+    Ok(())
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {

@@ -82,8 +82,9 @@ impl<'a> Service<'a> {
                 compress: self.args.compress,
                 accept_lz4: self.args.accept_lz4,
                 reclaim_pages_per_s: self.args.reclaim_rate,
+                hedge: Duration::from_millis(self.args.hedge_ms.into()),
             },
-            patience: Duration::from_secs(self.args.answer_timeout_s.max(1).into()),
+            patience: Duration::from_millis(self.args.answer_timeout_ms.into()),
             file: self.file.as_raw_fd(),
             post: self.posts[number].clone(),
             connector: Arc::new(move || bell.ring()),
@@ -104,7 +105,7 @@ impl<'a> Service<'a> {
                 log::error!("lane {number} failed: {error}");
                 std::process::exit(1);
             }
-            send(std::process::id() as libc::pid_t, libc::SIGUSR1);
+            send(rustix::process::getpid().as_raw_pid(), libc::SIGUSR1);
         })
     }
 
@@ -166,6 +167,7 @@ impl<'a> Service<'a> {
         let lanes = self.ublk_lanes(device).and_then(|lanes| {
             self.start(path.clone())?;
             driver.start(device, recovered.is_some())?;
+            device.tune();
             Ok(lanes)
         });
         let lanes = match lanes {

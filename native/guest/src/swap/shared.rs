@@ -30,6 +30,8 @@ counters! {
     refused,
     /// Pages written to the swap file on behalf of the kernel.
     writes_file,
+    /// Pages that went to the swap file because the host did not answer in time.
+    hedged,
     /// Pages read from the host for the kernel.
     reads_host,
     /// Pages read from the swap file for the kernel.

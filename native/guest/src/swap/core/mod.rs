@@ -25,7 +25,7 @@ mod tidy;
 mod tests;
 
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tmem_wire::pages::{GET_ENTRY_BYTES, KEY_BYTES, PUT_ENTRY_BYTES};
 use tmem_wire::{Features, Header, HelloAnswer, Key, Op, WireError, HEADER_BYTES, MAX_BATCH, PAGE_BYTES};
@@ -39,6 +39,10 @@ use tidy::Tidy;
 pub const MAX_PAGES: usize = 16;
 /// Slots of a lane's own for reclaim and flushing, after those of its front end.
 pub const OWN_SLOTS: usize = tidy::MOVERS + 1;
+/// Puts that may be given up at a time; more wait for their answers.
+const ABANDONED: usize = 64;
+/// Epochs move on at most this often when puts are given up, so that they do not come round too soon.
+const EPOCH_PERIOD: Duration = Duration::from_millis(50);
 /// Space a lane needs for requests on their way to the host.
 pub const OUT_BYTES: usize = 2 * put_bytes(MAX_PAGES);
 
@@ -171,6 +175,10 @@ pub struct Options {
     pub accept_lz4: bool,
     /// Most pages reclaim moves in a second.
     pub reclaim_pages_per_s: u32,
+    /// A put that is not answered for so long is written to the swap file instead, and so is what follows until the
+    /// host answers again. The answer may depend on it: the guest's vsock driver takes memory for what it receives,
+    /// and may be waiting for pages to be written by this very lane.
+    pub hedge: Duration,
 }
 
 /// The state machine of one lane.
@@ -184,6 +192,11 @@ pub struct Core {
     session: Option<Session>,
     in_flight: usize,
     in_flight_bytes: usize,
+    /// Puts that were given up but may still be answered: tag and bytes.
+    abandoned: Vec<(u32, usize)>,
+    /// A put was given up, and the host has not answered anything since.
+    stalled: bool,
+    now: Instant,
     encoder: Encoder,
     keys: Vec<Key>,
     tidy: Tidy,
@@ -204,6 +217,9 @@ impl Core {
             session: None,
             in_flight: 0,
             in_flight_bytes: 0,
+            abandoned: Vec::with_capacity(ABANDONED),
+            stalled: false,
+            now,
             encoder: Encoder::new(options.compress),
             keys: Vec::with_capacity(MAX_BATCH),
             tidy: Tidy::new(now),
@@ -262,6 +278,8 @@ impl Core {
         self.shared.state.connected.fetch_and(!(1 << self.lane), std::sync::atomic::Ordering::Relaxed);
         self.shared.count(|c| &c.disconnects, 1);
         (self.in_flight, self.in_flight_bytes) = (0, 0);
+        self.abandoned.clear();
+        self.stalled = false;
         for s in 0..self.slots.len() {
             if self.slots[s].frame.take().is_some() {
                 self.unanswered(io, s);
@@ -272,9 +290,15 @@ impl Core {
     /// The host answered. After an error the caller drops the connection and calls [`Core::disconnected`].
     pub fn answered(&mut self, io: &mut impl Io, header: &Header, body: &[u8]) -> Result<(), AnswerError> {
         let Header { op, tag, status, .. } = *header;
-        let s = tag as usize;
-        if self.slots.get(s).is_none_or(|slot| slot.frame != Some(op)) {
-            return Err(AnswerError::Unasked { op, tag });
+        let s = (tag & u32::from(u16::MAX)) as usize;
+        self.stalled = false;
+        if self.slots.get(s).is_none_or(|slot| slot.frame != Some(op) || slot.tag(s) != tag) {
+            let given_up = self.abandoned.iter().position(|(other, _)| *other == tag && op == Op::Put);
+            let Some(at) = given_up else { return Err(AnswerError::Unasked { op, tag }) };
+            let (_, bytes) = self.abandoned.swap_remove(at);
+            self.in_flight -= 1;
+            self.in_flight_bytes -= bytes;
+            return Ok(());
         }
         if status != 0 {
             return Err(AnswerError::Failed { op, status });
@@ -299,9 +323,18 @@ impl Core {
         self.finish(io, s);
     }
 
+    /// Tell the time. To be called after every wait, before what happened meanwhile is told.
+    pub fn set_time(&mut self, now: Instant) {
+        self.now = now;
+    }
+
     /// Go on with what waits and with what is nobody's request. To be called after every batch of events, and from
     /// time to time.
     pub fn poll(&mut self, io: &mut impl Io, now: Instant) {
+        self.now = now;
+        if self.in_flight > self.abandoned.len() {
+            self.give_up_puts(io);
+        }
         for _ in 0..self.waiting.len() {
             if let Some(s) = self.waiting.pop_front() {
                 if !self.start(io, s) {
@@ -334,10 +367,19 @@ impl Core {
             && (self.in_flight == 0 || self.in_flight_bytes + bytes <= session.window_bytes)
     }
 
+    /// The tag for the next frame of a slot.
+    fn next_tag(&mut self, s: usize) -> u32 {
+        let slot = &mut self.slots[s];
+        slot.turn = slot.turn.wrapping_add(1);
+        slot.tag(s)
+    }
+
     fn sent(&mut self, s: usize, op: Op, bytes: usize) {
-        debug_assert!(self.slots[s].frame.is_none());
-        self.slots[s].frame = Some(op);
-        self.slots[s].frame_bytes = bytes;
+        let slot = &mut self.slots[s];
+        debug_assert!(slot.frame.is_none());
+        slot.frame = Some(op);
+        slot.frame_bytes = bytes;
+        slot.sent_at = Some(self.now);
         self.in_flight += 1;
         self.in_flight_bytes += bytes;
     }

@@ -6,7 +6,7 @@ use tmem_wire::pages::{decode_got, decode_statuses, write_keys, PutWriter};
 use tmem_wire::{Features, GetStatus, Header, Op, PutStatus, PAGE_BYTES};
 
 use super::slot::{ones, Bits, Job};
-use super::{got_bytes, keys_bytes, put_bytes, AnswerError, Core, Direction, Io};
+use super::{got_bytes, keys_bytes, put_bytes, AnswerError, Core, Direction, Io, ABANDONED, EPOCH_PERIOD};
 use crate::swap::page::{checksum, decode};
 use crate::swap::table::{Place, YOUNG};
 
@@ -81,7 +81,8 @@ impl Core {
 
     pub(super) fn start_write(&mut self, io: &mut impl Io, s: usize) -> bool {
         let pages = self.slots[s].pages;
-        let session = self.session.filter(|_| !self.shared.state.draining.load(Ordering::Relaxed));
+        let to_host = !self.stalled && !self.shared.state.draining.load(Ordering::Relaxed);
+        let session = self.session.filter(|_| to_host);
         if session.is_some() && !self.room(io, put_bytes(pages)) {
             return false;
         }
@@ -89,6 +90,7 @@ impl Core {
             return false;
         }
         let epoch = self.shared.epoch();
+        let tag = self.next_tag(s);
         let (out, data) = io.frame(s);
         let slot = &mut self.slots[s];
         let mut host = 0;
@@ -109,7 +111,7 @@ impl Core {
             let before = out.len();
             let checksums = session.features.has(Features::CHECKSUMS);
             let count = host.count_ones() as u16;
-            let mut writer = PutWriter::begin(out, s as u32, session.pool, count, checksums);
+            let mut writer = PutWriter::begin(out, tag, session.pool, count, checksums);
             for i in ones(host) {
                 let key = self.shared.table.peek(slot.index[i]).key(slot.index[i]);
                 self.encoder.put(&mut writer, &key, &data[page(i)], slot.sums[i]);
@@ -154,6 +156,26 @@ impl Core {
         self.transfer(io, s, Direction::Write, refused);
         self.finish(io, s);
         Ok(())
+    }
+
+    /// Puts that the host leaves unanswered for too long go to the swap file. Whatever becomes of them at the host is
+    /// stale then.
+    pub(super) fn give_up_puts(&mut self, io: &mut impl Io) {
+        for s in 0..self.front {
+            let slot = &self.slots[s];
+            let late = slot.sent_at.is_some_and(|at| self.now.duration_since(at) > self.options.hedge);
+            if slot.job != Job::Write || slot.frame.is_none() || !late || self.abandoned.len() == ABANDONED {
+                continue;
+            }
+            self.abandoned.push((slot.tag(s), slot.frame_bytes));
+            self.shared.count(|c| &c.hedged, slot.host.count_ones().into());
+            self.stalled = true;
+            if self.tidy.epoch_is_old(self.now, EPOCH_PERIOD) {
+                self.shared.next_epoch();
+            }
+            self.slots[s].frame = None;
+            self.unanswered(io, s);
+        }
     }
 
     pub(super) fn file_was_written(&mut self, s: usize, at: usize, pages: usize, ok: bool) {
@@ -208,7 +230,8 @@ impl Core {
     pub(super) fn send_get(&mut self, io: &mut impl Io, s: usize) {
         let Some(session) = self.session.filter(|_| !self.keys.is_empty()) else { return };
         let lz4 = self.options.accept_lz4 && session.features.has(Features::LZ4);
-        write_keys(Op::Get, s as u32, session.pool, lz4, &self.keys, io.frame(s).0);
+        let tag = self.next_tag(s);
+        write_keys(Op::Get, tag, session.pool, lz4, &self.keys, io.frame(s).0);
         self.sent(s, Op::Get, got_bytes(self.keys.len()));
     }
 
@@ -345,7 +368,8 @@ impl Core {
     /// Flush the keys that were collected.
     pub(super) fn send_flush(&mut self, io: &mut impl Io, s: usize) {
         let Some(session) = self.session else { return };
-        write_keys(Op::FlushPage, s as u32, session.pool, false, &self.keys, io.frame(s).0);
+        let tag = self.next_tag(s);
+        write_keys(Op::FlushPage, tag, session.pool, false, &self.keys, io.frame(s).0);
         self.sent(s, Op::FlushPage, keys_bytes(self.keys.len()));
     }
 

@@ -1,5 +1,7 @@
 //! What is known of one operation under way.
 
+use std::time::Instant;
+
 use tmem_wire::{Op, MAX_BATCH};
 
 use super::{Kind, Request, MAX_PAGES};
@@ -45,6 +47,9 @@ pub(super) struct Slot {
     /// The outstanding frame and its share of the window.
     pub(super) frame: Option<Op>,
     pub(super) frame_bytes: usize,
+    pub(super) sent_at: Option<Instant>,
+    /// Counts the slot's frames, so that their tags differ. Survives the operations.
+    pub(super) turn: u16,
     /// Outstanding transfers to or from the swap file.
     pub(super) files: u32,
     /// Some part failed.
@@ -61,13 +66,18 @@ impl Slot {
             Kind::Write => Job::Write,
             Kind::Discard => Job::Discard,
         };
-        *self = Slot { job, at: first, end: first + pages, ..Slot::default() };
+        *self = Slot { job, at: first, end: first + pages, turn: self.turn, ..Slot::default() };
         if job != Job::Discard {
             self.pages = pages as usize;
             for (index, page) in self.index[..pages as usize].iter_mut().zip(first..) {
                 *index = page;
             }
         }
+    }
+
+    /// The tag of this slot's latest frame.
+    pub(super) fn tag(&self, s: usize) -> u32 {
+        u32::from(self.turn) << 16 | s as u32
     }
 
     /// Split pages (bits) into runs that are consecutive on the device too: `(at, pages)`.

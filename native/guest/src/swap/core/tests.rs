@@ -16,6 +16,7 @@ use crate::swap::table::Place;
 const PAGES: u32 = 96;
 const SLOTS: usize = 4;
 const LANES: usize = 2;
+const HEDGE: Duration = Duration::from_millis(60);
 
 /// A page that tells which write it came from; every fourth is filled with one word.
 fn page_of(index: u32, seed: u32) -> Vec<u8> {
@@ -164,7 +165,7 @@ enum Step {
 impl World {
     fn new(compress: bool) -> World {
         let shared = Shared::map(PAGES).unwrap();
-        let options = Options { compress, accept_lz4: true, reclaim_pages_per_s: 2000 };
+        let options = Options { compress, accept_lz4: true, reclaim_pages_per_s: 2000, hedge: HEDGE };
         let now = Instant::now();
         let lane = |number| Lane {
             core: Core::new(shared, number, SLOTS, options, now),
@@ -401,7 +402,9 @@ impl World {
                 assert!(self.store.0.contains_key(&entry.key(index)));
             }
         }
-        if !self.was_late {
+        // A put that was given up may be read after another lane flushed its key; the orphans' sweep is for that.
+        let hedged = self.shared.state.counters.hedged.load(Ordering::Relaxed) > 0;
+        if !self.was_late && !hedged {
             let known: HashSet<Key> = (0..PAGES)
                 .filter(|index| table.peek(*index).place() == Place::Host)
                 .map(|index| table.peek(index).key(index))
@@ -437,7 +440,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, max_shrink_iters: 20_000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 128, max_shrink_iters: 20_000, ..ProptestConfig::default() })]
 
     #[test]
     fn whatever_happens_pages_read_as_they_were_written(
@@ -502,6 +505,31 @@ fn a_lost_connection_costs_no_page_and_no_wait_for_writes() {
     world.check();
     // The host's copies of the overwritten pages were flushed.
     assert_eq!(world.store.0.len(), 14);
+}
+
+#[test]
+fn a_host_that_does_not_answer_is_not_waited_for() {
+    let mut world = World::new(false);
+    world.step(Step::Connect { lane: 0 });
+    world.step(Step::Write { lane: 0, first: 0, pages: 4, seed: 1 });
+    world.step(Step::Pass { ms: 50 });
+    assert!(world.lanes[0].hands.transfers.is_empty());
+    world.step(Step::Pass { ms: 50 });
+    world.step(Step::File { lane: 0, transfers: 1, newest_first: false, ok: true });
+    assert_eq!(world.lanes[0].asked.iter().flatten().count(), 0, "the write is done without the host");
+    // Until the host answers, nothing more is put.
+    let frames = world.lanes[0].sent.len();
+    world.step(Step::Write { lane: 0, first: 8, pages: 4, seed: 2 });
+    assert_eq!((world.lanes[0].sent.len(), world.lanes[0].hands.transfers.len()), (frames, 1));
+    // Its late answer is taken for what it is, and what it stored is flushed.
+    world.step(Step::HostReads { lane: 0, frames: 1, refuse: 0 });
+    assert_eq!(world.store.0.len(), 4);
+    world.check();
+    assert_eq!(world.store.0.len(), 0);
+    assert_eq!(world.shared.state.counters.hedged.load(Ordering::Relaxed), 4);
+    world.step(Step::Write { lane: 0, first: 0, pages: 4, seed: 3 });
+    world.check();
+    assert_eq!(world.shared.table.peek(0).place(), Place::Host);
 }
 
 #[test]
@@ -579,9 +607,10 @@ fn nonsense_from_the_host_is_an_error_and_a_broken_connection() {
     let Lane { core, hands, .. } = &mut world.lanes[0];
     let unasked = Header { tag: 3, ..Header::request(Op::Get, 0).answer() };
     assert!(matches!(core.answered(hands, &unasked, &[]), Err(AnswerError::Unasked { .. })));
-    let failed = Header { status: 8, ..Header::request(Op::Put, 0).answer() };
+    let tag = 1 << 16; // the first frame of slot 0
+    let failed = Header { status: 8, ..Header::request(Op::Put, tag).answer() };
     assert_eq!(core.answered(hands, &failed, b"sorry"), Err(AnswerError::Failed { op: Op::Put, status: 8 }));
-    let short = Header { count: 1, length: 1, ..Header::request(Op::Put, 0).answer() };
+    let short = Header { count: 1, length: 1, ..Header::request(Op::Put, tag).answer() };
     assert!(core.answered(hands, &short, &[0]).is_err());
     world.step(Step::Break { lane: 0, late: false });
     world.check();
@@ -603,7 +632,7 @@ fn after_a_crash_the_kernels_repeated_write_wins() {
     shared.next_epoch();
     shared.state.sweep_wanted.store(true, Ordering::Relaxed);
     let mut next = World::new(false);
-    let options = Options { compress: false, accept_lz4: true, reclaim_pages_per_s: 1000 };
+    let options = Options { compress: false, accept_lz4: true, reclaim_pages_per_s: 1000, hedge: HEDGE };
     for (number, lane) in next.lanes.iter_mut().enumerate() {
         lane.core = Core::new(shared, number, SLOTS, options, next.now);
     }

@@ -40,6 +40,8 @@ pub(super) struct Tidy {
     orphans_due: Option<Instant>,
     /// A sweep over the table is under way.
     sweeping: bool,
+    /// When a put was last given up.
+    gave_up: Option<Instant>,
 }
 
 impl Tidy {
@@ -55,7 +57,18 @@ impl Tidy {
             ageing_hand: 0,
             orphans_due: None,
             sweeping: false,
+            gave_up: None,
         }
+    }
+
+    /// A put is given up: shall the epoch move on? If so, what the put may leave behind is looked for later.
+    pub(super) fn epoch_is_old(&mut self, now: Instant, period: Duration) -> bool {
+        let old = self.gave_up.is_none_or(|then| now.duration_since(then) > period);
+        if old {
+            self.gave_up = Some(now);
+            self.orphans_due = Some(now + ORPHANS_AFTER);
+        }
+        old
     }
 
     pub(super) fn connected(&mut self, shared: &Shared, now: Instant) {
@@ -112,7 +125,7 @@ impl Core {
         if self.tidy.credit < want as f64 || !self.room(io, got_bytes(MAX_PAGES)) {
             return;
         }
-        let mut slot = Slot { job: Job::Move, ..Slot::default() };
+        let mut slot = Slot { job: Job::Move, turn: self.slots[s].turn, ..Slot::default() };
         let exhausted = self.pick(&mut slot, want as usize);
         if exhausted {
             left.store(0, Ordering::Relaxed);
@@ -309,7 +322,8 @@ impl Core {
             count += 1;
         }
         if count > 0 {
-            write_objects(s as u32, session.pool, &objects[..count], io.frame(s).0);
+            let tag = self.next_tag(s);
+            write_objects(tag, session.pool, &objects[..count], io.frame(s).0);
             self.slots[s].job = Job::Sweep;
             self.slots[s].flush = Bits::default();
             self.sent(s, Op::FlushObject, keys_bytes(count));

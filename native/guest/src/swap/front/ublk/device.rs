@@ -200,6 +200,17 @@ impl Ublk {
         format!("/dev/ublkb{}", self.number).into()
     }
 
+    /// Settings of the block layer that make swapping to a server in user space slow, or worse, taken back. Writeback
+    /// throttling would have whoever frees memory wait for our answers, even those whose work our answers need.
+    pub(in crate::swap) fn tune(self) {
+        for (setting, value) in [("wbt_lat_usec", "0"), ("scheduler", "none"), ("add_random", "0")] {
+            let path = format!("/sys/block/ublkb{}/queue/{setting}", self.number);
+            if let Err(error) = std::fs::write(&path, value) {
+                log::debug!("{path}: {error}");
+            }
+        }
+    }
+
     /// Claim the device so that nobody can begin to use it. `None` if somebody does.
     pub(in crate::swap) fn claim(self) -> io::Result<Option<File>> {
         match OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(self.path()) {
