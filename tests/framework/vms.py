@@ -50,7 +50,7 @@ class Vms:
         """A client of the daemon."""
         return Client(self.tmemd.admin_socket)
 
-    def up(self, image: str = "mini", *, registered: bool = False, **options: Any) -> Machine:  # noqa: ANN401  # fields of VmRequest
+    def up(self, image: str = "mini", *, registered: bool = True, **options: Any) -> Machine:  # noqa: ANN401  # fields of VmRequest
         """A VM of its own name (`name` overrides), 256 MiB unless said otherwise."""
         register = Registration(self.tmemd.admin_socket, quota_bytes=64 * MIB) if registered else None
         defaults: dict[str, Any] = {

@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ _DEFAULT = Path("/run/tmem/vm")
 _ENVIRONMENT = "TMEM_VM_DIRECTORY"
 _FILE = "vm.json"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
+_REMOVE_TIMEOUT_S = 5.0
 _FIRST_CID = 100
 """0 to 2 are reserved by vsock; a little room for VMs that others define by hand."""
 
@@ -97,7 +99,11 @@ def save(state: VmState) -> None:
 
 def remove(name: str) -> None:
     """Remove the record and every other file of a VM."""
-    shutil.rmtree(directory(name), ignore_errors=True)
+    place = directory(name)
+    deadline = time.monotonic() + _REMOVE_TIMEOUT_S
+    # tmemd may just be taking its own sockets away; what it is faster with is no error.
+    while place.exists() and time.monotonic() < deadline:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager
