@@ -104,8 +104,8 @@ class Contenders:
         self.ours = FileCache(self.directory / "ours", self.lower, *self._options, endpoint=endpoint)
         self._stack.enter_context(self.ours)
         self.ours.wait("connected", 1)
-        bindfs = ["bindfs", "-f", "-o", "allow_other", self.lower, self.directory / "bindfs"]
-        hp = [passthrough_hp(), "--foreground", self.lower, self.directory / "passthrough_hp"]
+        bindfs: list[str | Path] = ["bindfs", "-f", "-o", "allow_other", self.lower, self.directory / "bindfs"]
+        hp: list[str | Path] = [passthrough_hp(), "--foreground", self.lower, self.directory / "passthrough_hp"]
         self.roots = {
             "lower": self.lower,
             "bindfs": self._stack.enter_context(mounted(bindfs, self.directory / "bindfs")),
