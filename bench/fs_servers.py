@@ -104,12 +104,13 @@ class Contenders:
         self.ours = FileCache(self.directory / "ours", self.lower, *self._options, endpoint=endpoint)
         self._stack.enter_context(self.ours)
         self.ours.wait("connected", 1)
-        bindfs: list[str | Path] = ["bindfs", "-f", "-o", "allow_other", self.lower, self.directory / "bindfs"]
-        hp: list[str | Path] = [passthrough_hp(), "--foreground", self.lower, self.directory / "passthrough_hp"]
+        points = {name: self.directory / name for name in ("bindfs", "passthrough_hp")}
+        bindfs: list[str | Path] = ["bindfs", "-f", "-o", "allow_other", self.lower, points["bindfs"]]
+        hp: list[str | Path] = [passthrough_hp(), "--foreground", self.lower, points["passthrough_hp"]]
         self.roots = {
             "lower": self.lower,
-            "bindfs": self._stack.enter_context(mounted(bindfs, self.directory / "bindfs")),
-            "passthrough_hp": self._stack.enter_context(mounted(hp, self.directory / "passthrough_hp")),
+            "bindfs": self._stack.enter_context(mounted(bindfs, points["bindfs"])),
+            "passthrough_hp": self._stack.enter_context(mounted(hp, points["passthrough_hp"])),
             "ours": self.ours.mount,
         }
         return self

@@ -1,7 +1,7 @@
 """Random operations on the mount and on a plain directory tell the same, with tmem evicting and being killed.
 
-The page cache of the mount is dropped at random, so that pages come from every place they can be: the guest's page
-cache, tmem, the lower file system. A failure names its seed: `TMEM_FS_SEED=n` repeats it.
+The page cache of the mount is dropped at random, so that pages come from every place they can be: the guest's
+page cache, tmem, the lower file system. A failure names its seed: `TMEM_FS_SEED=n` repeats it.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Pair:
         self.both(f"write {name} {at}+{len(data)}", action)
 
     def behind(self) -> None:
-        """Change the lower directory itself. An open sees that at once, everything else once it is reported."""
+        """Change the lower directory itself. An open sees that at once, all else when it is reported."""
         name, at = self.name(), self.chance.randrange(LARGEST)
         data = self.chance.randbytes(self.chance.choice([1, 5000]))
         told = []
