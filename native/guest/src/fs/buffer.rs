@@ -1,6 +1,7 @@
 //! Page-aligned buffers, few and lent out: they bound the memory that reads and waiting puts may take.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 use tmem_wire::PAGE_BYTES;
@@ -11,6 +12,9 @@ use super::device::MAX_READ;
 /// Sizes of buffers in bytes, and how many of each there may be: for random reads, for the kernel's first read-ahead
 /// windows, for its largest. A few serve the readers, the rest wait to be put.
 const KINDS: [(usize, usize); 3] = [(16 << 10, 64), (128 << 10, 8), (MAX_READ, 3)];
+
+/// How long to wait for a buffer before looking for one to steal again.
+const RETRY: Duration = Duration::from_millis(2);
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(4096))]
@@ -68,7 +72,8 @@ impl Buffers {
             }
             let mut kinds = self.kinds.lock();
             if kinds[kind].idle.is_empty() {
-                self.returned.wait(&mut kinds);
+                // Not for ever: a buffer that was handed on to be put does not come back but can be stolen.
+                self.returned.wait_for(&mut kinds, RETRY);
             }
         }
     }
