@@ -1,11 +1,11 @@
 """The transports' latency and throughput, beside their peers.
 
 (a) Over a unix socket: a bare ping-pong of the same bytes, the store without transport, Redis, memcached.
-(b) From inside a VM, over tmemd's own vsock device: `vhost-device-vsock` and a socket, a bare ping-pong over vsock,
-    a virtio-blk read that the host answers from its page cache.
+(b) From inside a VM, over tmemd's own vsock device: `vhost-device-vsock` and a socket, a bare ping-pong over
+    vsock, a virtio-blk read that the host answers from its page cache.
 
-Prints a table; writes `build/bench/transport.json` and `build/bench/transport.svg`. `python bench/transport.py unix`
-or `vm` measures one part only.
+Prints a table; writes `build/bench/transport.json` and `build/bench/transport.svg`. With `unix` or `vm` as
+argument, only that part is measured.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import transport_program
 import transport_unix
 import transport_vm
-from record import DIRECTORY, machine, publish
+from record import DIRECTORY, Record, machine, publish
 from transport_program import Samples
 
 
@@ -53,7 +53,8 @@ def main() -> None:
     """Measure and publish."""
     parts = sys.argv[1:] or ["unix", "vm"]
     transport_program.build()
-    records, samples = [], {}
+    records: list[Record] = []
+    samples: Samples = {}
     if "unix" in parts:
         with tempfile.TemporaryDirectory(prefix="tmem-bench-") as directory:
             samples |= transport_unix.measure(Path(directory))

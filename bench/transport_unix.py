@@ -149,17 +149,18 @@ def _batches(samples: Samples, work: str) -> list[Record]:
                 samples=len(ours),
             )
         )
-        for name in ("redis", "memcached"):
-            if peer := samples.get(f"{name}_{work}{batch}"):
-                found.append(
-                    record(
-                        f"unix_batch{batch}_{work}_vs_{name}",
-                        "pages/s",
-                        median(ours, key),
-                        peer=name,
-                        peer_value=median(peer, key),
-                        better="higher",
-                        samples=len(ours),
-                    )
-                )
+        peers = {name: samples.get(f"{name}_{work}{batch}") for name in ("redis", "memcached")}
+        found += [
+            record(
+                f"unix_batch{batch}_{work}_vs_{name}",
+                "pages/s",
+                median(ours, key),
+                peer=name,
+                peer_value=median(peer, key),
+                better="higher",
+                samples=len(ours),
+            )
+            for name, peer in peers.items()
+            if peer
+        ]
     return found

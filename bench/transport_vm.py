@@ -1,7 +1,7 @@
 """Part (b) of the transport's benchmark: from inside a VM.
 
-Two VMs of the image `mini`, one with tmemd's own device and one with `vhost-device-vsock`, are measured in turn, each
-with `tmem-bench` inside it. Guests are emulated where there is no KVM; ratios are what counts then.
+Two VMs of the image `mini`, one with tmemd's own device and one with `vhost-device-vsock`, are measured in turn,
+each with `tmem-bench` inside it. Guests are emulated where there is no KVM; ratios are what counts then.
 """
 
 from __future__ import annotations
@@ -86,13 +86,15 @@ def _run(shell: GuestShell, arguments: str) -> dict[str, float]:
 def measure() -> Samples:
     """Run everything `ROUNDS` times, the VMs in turn."""
     samples: Samples = {}
-    with tempfile.TemporaryDirectory(prefix="tb-", dir="/dev/shm") as name, ExitStack() as stack:
-        directory = Path(name)
+    with tempfile.TemporaryDirectory(prefix="tb-", dir="/dev/shm") as place, ExitStack() as stack:
+        directory = Path(place)
         guests = stack.enter_context(_machines(directory))
         shells = {}
         for name, guest in guests.items():
             shells[name] = stack.enter_context(_shell(guest))
-            shells[name].check(f"chmod 755 {_PROGRAM}; dd if=/dev/zero of={_DEVICE} bs=1M count=64", deadline_s=60)
+            shells[name].check(
+                f"chmod 755 {_PROGRAM}; dd if=/dev/zero of={_DEVICE} bs=1M count=64", deadline_s=60
+            )
         pong = directory / "vm" / "bench-ours" / "vsock.sock"
         process = subprocess.Popen([str(program()), "pong", f"hybrid:{pong}:{_PONG_PORT}"])
         stack.callback(process.wait)
@@ -132,7 +134,7 @@ def records(samples: Samples) -> list[Record]:
     """The figures of part (b)."""
     found = []
 
-    def beside(name: str, ours: str, peer: str, label: str, goal: float | None, key: str = "p50_us") -> None:
+    def beside(name: str, ours: str, peer: str, label: str, *, key: str, goal: float | None = None) -> None:
         if ours not in samples or peer not in samples:
             return
         rate = key == "pages_per_s"
@@ -156,12 +158,19 @@ def records(samples: Samples) -> list[Record]:
         first = percentile == "p50_us"
         peer = "vhost-device-vsock and a socket"
         goals = (0.7, 1.0) if first else (None, None)
-        beside(f"vm_get_{name}_vs_vhost_device_vsock", "ours_get", "peer_get", peer, goals[0], percentile)
+        beside(
+            f"vm_get_{name}_vs_vhost_device_vsock",
+            "ours_get",
+            "peer_get",
+            peer,
+            key=percentile,
+            goal=goals[0],
+        )
         block = "virtio-blk read, 4 KiB"
-        beside(f"vm_get_{name}_vs_virtio_blk", "ours_get", "ours_block", block, goals[1], percentile)
+        beside(f"vm_get_{name}_vs_virtio_blk", "ours_get", "ours_block", block, key=percentile, goal=goals[1])
         bare = "bare ping-pong over vsock"
-        beside(f"vm_get_{name}_vs_pingpong", "ours_get", "ours_pingpong", bare, None, percentile)
-        beside(f"vm_put_{name}_vs_vhost_device_vsock", "ours_put", "peer_put", peer, None, percentile)
+        beside(f"vm_get_{name}_vs_pingpong", "ours_get", "ours_pingpong", bare, key=percentile)
+        beside(f"vm_put_{name}_vs_vhost_device_vsock", "ours_put", "peer_put", peer, key=percentile)
     for batch in BATCHES:
         name = f"get{batch}"
         rate = "pages_per_s"
@@ -170,13 +179,14 @@ def records(samples: Samples) -> list[Record]:
             f"ours_{name}",
             f"peer_{name}",
             "vhost-device-vsock and a socket",
-            None,
-            rate,
+            key=rate,
         )
         if f"peer_{name}" not in samples and f"ours_{name}" in samples:
             ours = samples[f"ours_{name}"]
             value = median(ours, rate)
             found.append(
-                record(f"vm_batch{batch}_get_pages_per_s", "pages/s", value, better="higher", samples=len(ours))
+                record(
+                    f"vm_batch{batch}_get_pages_per_s", "pages/s", value, better="higher", samples=len(ours)
+                )
             )
     return found

@@ -193,7 +193,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
             out
         })
         .collect();
-    let warm_up = (arguments.count / 10).min(1000 / arguments.batch + 10);
+    let warm_up = (arguments.count / 10).min(200);
     let total = warm_up + arguments.count;
     let mut times = Times::with_capacity(arguments.count);
     let mut sent_at = vec![Instant::now(); total];

@@ -127,7 +127,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         .collect();
     let mut answer = vec![0; answer_bytes(server, work, batch)];
     let mut times = Times::with_capacity(arguments.count);
-    let warm_up = (arguments.count / 10).min(1000 / arguments.batch + 10);
+    let warm_up = (arguments.count / 10).min(200);
     let limit = arguments.seconds.map(Duration::from_secs_f64);
     let mut began = Instant::now();
     let mut timed = 0;
