@@ -1,7 +1,7 @@
 """Part (b) of the transport's benchmark: from inside a VM.
 
-Two VMs of the image `mini`, one with tmemd's own device and one with `vhost-device-vsock`, are measured in turn,
-each with `tmem-bench` inside it. Guests are emulated where there is no KVM; ratios are what counts then.
+Two VMs of the image `mini`, one with tmemd's own device and one with `vhost-device-vsock`, are measured in
+turn, each with `tmem-bench` inside it. Guests are emulated where there is no KVM; ratios are what counts then.
 """
 
 from __future__ import annotations
