@@ -1,7 +1,7 @@
 """Part (b) of the transport's benchmark: from inside a VM.
 
 Two VMs of the image `mini`, one with tmemd's own device and one with `vhost-device-vsock`, are measured in
-turn, each with `tmem-bench` inside it. Guests are emulated where there is no KVM; ratios are what counts then.
+turn, each with `tmem-bench` inside it. Guests are emulated where there is no KVM; then only ratios count.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MIB = 1 << 20
 _PROGRAM = "/usr/bin/tmem-bench"
 _COMMAND_S = 300.0
 _PONG_PORT = 7000
-_SINGLES = 3000
+_SINGLES = 2000
 # vhost-device-vsock loses longer writes of recent kernels.
 _PEER_WRITE_BYTES = 28 * 1024
 _DEVICE = "/dev/vdb"
