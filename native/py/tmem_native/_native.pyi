@@ -1,4 +1,29 @@
-from typing import Literal, TypedDict, final
+from typing import Literal, TypedDict, final, type_check_only
+
+__all__ = [
+    "Engine",
+    "EngineError",
+    "HEADER_BYTES",
+    "MAX_BATCH",
+    "MAX_BODY_BYTES",
+    "PAGE_BYTES",
+    "PORT",
+    "Store",
+    "VERSION",
+    "decode_header",
+    "decode_hello_answer",
+    "decode_hello_request",
+    "decode_notice",
+    "decode_stats",
+    "encode_header",
+    "encode_hello_answer",
+    "encode_hello_request",
+    "encode_notice",
+    "encode_report",
+    "latency_bounds",
+    "log_to_stderr",
+    "run_keeper",
+]
 
 HEADER_BYTES: int
 MAX_BATCH: int
@@ -7,12 +32,13 @@ PAGE_BYTES: int
 PORT: int
 VERSION: int
 
-PoolCreateKind = Literal["persistent", "ephemeral", "exclusive"]
-PutStatus = Literal["stored", "over_quota", "frozen", "incompressible", "no_memory", "corrupt"]
-GetStatus = Literal["hit", "miss", "lost"]
-Encoding = Literal["none", "raw", "same_filled", "lz4"]
-NoticeKind = Literal["reclaim", "quota", "frozen", "shutdown"]
+_PoolCreateKind = Literal["persistent", "ephemeral", "exclusive"]
+_PutStatus = Literal["stored", "over_quota", "frozen", "incompressible", "no_memory", "corrupt"]
+_GetStatus = Literal["hit", "miss", "lost"]
+_Encoding = Literal["none", "raw", "same_filled", "lz4"]
+_NoticeKind = Literal["reclaim", "quota", "frozen", "shutdown"]
 
+@type_check_only
 class RecoveryDict(TypedDict):
     formatted: bool
     vms: int
@@ -22,6 +48,7 @@ class RecoveryDict(TypedDict):
     reclaimed_slots: int
     elapsed_us: int
 
+@type_check_only
 class ReportDict(TypedDict):
     age_s: float
     psi_some_avg10: float
@@ -37,6 +64,7 @@ class ReportDict(TypedDict):
     cache_hit_pages: int
     cache_miss_pages: int
 
+@type_check_only
 class VmDict(TypedDict):
     name: str
     quota_bytes: int
@@ -64,6 +92,7 @@ class VmDict(TypedDict):
     boot_id: str | None
     report: ReportDict | None
 
+@type_check_only
 class PoolDict(TypedDict):
     id: int
     vm: str
@@ -80,6 +109,7 @@ class PoolDict(TypedDict):
     pages_flushed: int
     pages_evicted: int
 
+@type_check_only
 class StoreUsageDict(TypedDict):
     capacity_bytes: int
     used_bytes: int
@@ -90,6 +120,7 @@ class StoreUsageDict(TypedDict):
     same_filled_pages: int
     raw_pages: int
 
+@type_check_only
 class UsageDict(StoreUsageDict):
     backed_bytes: int
     pages_evicted: int
@@ -98,6 +129,7 @@ class UsageDict(StoreUsageDict):
     connections: int
     in_flight_bytes: int
 
+@type_check_only
 class VmStatsDict(TypedDict):
     used_bytes: int
     persistent_bytes: int
@@ -112,10 +144,12 @@ class VmStatsDict(TypedDict):
     pages_evicted: int
     frozen: bool
 
+@type_check_only
 class LatenciesDict(TypedDict):
     get: tuple[list[int], float]
     put: tuple[list[int], float]
 
+@type_check_only
 class HelloRequestDict(TypedDict):
     version_min: int
     version_max: int
@@ -126,6 +160,7 @@ class HelloRequestDict(TypedDict):
     max_frame_bytes: int
     client: str
 
+@type_check_only
 class HelloAnswerDict(TypedDict):
     version: int
     page_bytes: int
@@ -136,6 +171,7 @@ class HelloAnswerDict(TypedDict):
     keep_alive_ms: int
     quota_bytes: int
 
+@type_check_only
 class StatsDict(TypedDict):
     quota_bytes: int
     used_bytes: int
@@ -248,7 +284,7 @@ class Store:
     def set_frozen(self, vm: int, frozen: bool) -> None: ...
     def attach_boot(self, vm: int, boot_id: bytes) -> tuple[int, int] | None: ...
     def create_pool(
-        self, vm: int, name: str, kind: PoolCreateKind, *, shared: bytes | None = None
+        self, vm: int, name: str, kind: _PoolCreateKind, *, shared: bytes | None = None
     ) -> int: ...
     def destroy_pool(self, vm: int, pool: int) -> int: ...
     def put(
@@ -259,9 +295,9 @@ class Store:
         index: int,
         payload: bytes,
         *,
-        encoding: Encoding = "raw",
+        encoding: _Encoding = "raw",
         checksum: int | None = None,
-    ) -> PutStatus: ...
+    ) -> _PutStatus: ...
     def get(
         self,
         vm: int,
@@ -270,7 +306,7 @@ class Store:
         index: int,
         *,
         accept_lz4: bool = False,
-    ) -> tuple[GetStatus, Encoding, bytes, int]: ...
+    ) -> tuple[_GetStatus, _Encoding, bytes, int]: ...
     def flush_page(self, vm: int, pool: int, object: bytes, index: int) -> bool: ...  # noqa: A002
     def flush_object(self, vm: int, pool: int, object: bytes) -> int: ...  # noqa: A002
     def flush_pool(self, vm: int, pool: int) -> int: ...
@@ -320,8 +356,8 @@ def encode_hello_answer(
     version: int = 1,
 ) -> bytes: ...
 def decode_hello_answer(body: bytes) -> HelloAnswerDict: ...
-def encode_notice(kind: NoticeKind, first: int = 0, second: int = 0) -> bytes: ...
-def decode_notice(op: int, body: bytes) -> tuple[NoticeKind, int, int]: ...
+def encode_notice(kind: _NoticeKind, first: int = 0, second: int = 0) -> bytes: ...
+def decode_notice(op: int, body: bytes) -> tuple[_NoticeKind, int, int]: ...
 def encode_report(
     *,
     psi_some_avg10: int,
