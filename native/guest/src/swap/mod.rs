@@ -42,7 +42,7 @@ use std::str::FromStr;
 use tmem_wire::PAGE_BYTES;
 
 use crate::link::Endpoint;
-use front::ublk::device::Driver;
+use front::{nbd, ublk};
 use service::Service;
 use shared::Shared;
 
@@ -164,10 +164,19 @@ pub fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     let shared = Shared::map(args.pages)?;
     // Locks are not inherited, so the serving process takes its protections again.
     let service = || Service::new(args, shared, &file, protect::protect(args.require_protection)?);
+    let with_ublk = || service()?.serve_ublk(&mut ublk::device::Driver::open()?);
+    let with_nbd = || service()?.serve_nbd(&mut nbd::device::Driver::open()?);
     match &args.device {
         Device::Serve(path) => service()?.serve_socket(path),
-        Device::Ublk | Device::Auto => keeper::keep(shared, || service()?.serve_ublk(&mut Driver::open()?)),
-        Device::Nbd => Err("NBD devices are not part of this build; use ublk".into()),
+        Device::Ublk => keeper::keep(shared, with_ublk),
+        Device::Nbd => keeper::keep(shared, with_nbd),
+        Device::Auto => match ublk::device::Driver::open() {
+            Ok(_) => keeper::keep(shared, with_ublk),
+            Err(error) => {
+                log::info!("no ublk ({error}), so NBD");
+                keeper::keep(shared, with_nbd)
+            }
+        },
     }
 }
 

@@ -6,25 +6,25 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use tmem_wire::PAGE_BYTES;
+use tmem_wire::{Header, Op, PoolCreate, PoolKind, Role, PAGE_BYTES};
 
 use super::connector::{Bell, Connector};
 use super::control::{listen, Control};
 use super::core::Options;
 use super::front::nbd::{handshake, Nbd};
-use super::front::ublk::device::{Driver, Ublk};
 use super::front::ublk::Queue;
-use super::front::Front;
+use super::front::{nbd, ublk, Front};
 use super::lane::{Lane, Post, Setup};
 use super::protect::{is_io_flusher, Protection};
 use super::shared::Shared;
 use super::signals::{send, Signals};
 use super::Args;
+use crate::link::{hello, Link};
 
 /// Threads need little; whatever they have is locked into memory.
 const STACK_BYTES: usize = 96 * 1024;
@@ -37,6 +37,8 @@ pub(super) struct Service<'a> {
     pub(super) missing: Vec<Protection>,
     posts: Vec<Arc<Post>>,
     bell: Arc<Bell>,
+    /// The device is being removed; lanes that end do so as they should.
+    ending: Arc<AtomicBool>,
 }
 
 impl<'a> Service<'a> {
@@ -47,7 +49,7 @@ impl<'a> Service<'a> {
         missing: Vec<Protection>,
     ) -> io::Result<Service<'a>> {
         let posts = (0..args.queues).map(|_| Post::new()).collect::<io::Result<_>>()?;
-        Ok(Service { args, shared, file, missing, posts, bell: Arc::default() })
+        Ok(Service { args, shared, file, missing, posts, bell: Arc::default(), ending: Arc::default() })
     }
 
     /// Start the connector and the control socket.
@@ -98,12 +100,16 @@ impl<'a> Service<'a> {
         front: impl FnOnce() -> io::Result<F> + Send + 'static,
     ) -> io::Result<JoinHandle<()>> {
         let setup = self.setup(number);
+        let ending = self.ending.clone();
         spawn(&format!("lane{number}"), &self.missing, move || {
             let served = front().and_then(|front| Lane::new(setup, front)).and_then(Lane::run);
             if let Err(error) = served {
                 // The kernel would wait for this lane for ever; a new process can take its place.
                 log::error!("lane {number} failed: {error}");
                 std::process::exit(1);
+            }
+            if ending.load(Ordering::Acquire) {
+                return;
             }
             send(rustix::process::getpid().as_raw_pid(), libc::SIGUSR1);
         })
@@ -145,16 +151,11 @@ impl<'a> Service<'a> {
                 }
             })?);
         }
-        for lane in lanes {
-            if lane.join().is_err() {
-                return Err("a lane panicked".into());
-            }
-        }
-        Ok(())
+        Ok(join(lanes)?)
     }
 
     /// Serve a ublk device: a new one, or the one whose server died.
-    pub(super) fn serve_ublk(&self, driver: &mut Driver) -> Result<(), Box<dyn Error>> {
+    pub(super) fn serve_ublk(&self, driver: &mut ublk::device::Driver) -> Result<(), Box<dyn Error>> {
         let signals = Signals::block(&[libc::SIGTERM, libc::SIGINT, libc::SIGUSR1])?;
         let Args { pages, queues, depth, .. } = *self.args;
         let recovered = self.take_over();
@@ -171,42 +172,98 @@ impl<'a> Service<'a> {
             Ok(lanes)
         });
         let lanes = match lanes {
-            Ok(lanes) => lanes,
             Err(error) if recovered.is_none() => {
                 // Nobody uses it yet: leave nothing behind. The first error is the one to tell.
                 self.shared.state.device.store(0, Ordering::Release);
                 let _ = driver.stop(device);
                 return Err(error.into());
             }
-            Err(error) => return Err(error.into()),
+            lanes => lanes?,
         };
         super::ready(&path);
-        loop {
-            match signals.wait() {
-                // A lane ended: the device was taken away by somebody else.
-                libc::SIGUSR1 => break,
-                _ => match device.claim()? {
-                    Some(_claimed) => {
-                        driver.stop(device)?;
-                        break;
-                    }
-                    None => log::error!(
-                        "{path} is in use, so it stays: swapoff {path} first, then stop this again"
-                    ),
-                },
-            }
+        let claimed = self.wait_for_the_end(&signals, &path, || device.claim())?;
+        if claimed.is_some() {
+            driver.stop(device)?;
         }
-        for lane in lanes {
-            if lane.join().is_err() {
-                return Err("a lane panicked".into());
-            }
-        }
+        drop(claimed);
+        join(lanes)?;
         driver.delete(device)?;
+        self.forget();
         log::info!("{path} is removed");
         Ok(())
     }
 
-    fn ublk_lanes(&self, device: Ublk) -> io::Result<Vec<JoinHandle<()>>> {
+    /// Serve an NBD device: a new one, or the one whose server died.
+    pub(super) fn serve_nbd(&self, driver: &mut nbd::device::Driver) -> Result<(), Box<dyn Error>> {
+        let signals = Signals::block(&[libc::SIGTERM, libc::SIGINT, libc::SIGUSR1])?;
+        let Args { pages, queues, depth, .. } = *self.args;
+        let (device, sockets) = match self.take_over() {
+            Some(number) => driver.recover(number, queues)?,
+            None => driver.add(pages, queues)?,
+        };
+        self.shared.state.device.store(device.number() + 1, Ordering::Release);
+        let path = device.path().display().to_string();
+        let lanes: Vec<JoinHandle<()>> = sockets
+            .into_iter()
+            .enumerate()
+            .map(|(number, socket)| self.lane(number, move || Ok(Nbd::new(socket, depth.into()))))
+            .collect::<io::Result<_>>()?;
+        self.start(path.clone())?;
+        device.tune()?;
+        super::ready(&path);
+        let claimed = self.wait_for_the_end(&signals, &path, || device.claim())?;
+        if claimed.is_none() {
+            // The kernel gave a connection up. A new process makes new ones; the kernel repeats what it asked.
+            return Err(format!("{path}: the kernel dropped a connection").into());
+        }
+        driver.remove(device)?;
+        drop(claimed);
+        join(lanes)?;
+        self.forget();
+        log::info!("{path} is removed");
+        Ok(())
+    }
+
+    /// Wait until the device is to go and may go, or (`None`) a lane ended by itself. Nobody can begin to use the device
+    /// while its claim is open.
+    fn wait_for_the_end(
+        &self,
+        signals: &Signals,
+        path: &str,
+        claim: impl Fn() -> io::Result<Option<File>>,
+    ) -> io::Result<Option<File>> {
+        loop {
+            if signals.wait() == libc::SIGUSR1 {
+                return Ok(None);
+            }
+            if let Some(claimed) = claim()? {
+                self.ending.store(true, Ordering::Release);
+                return Ok(Some(claimed));
+            }
+            log::error!("{path} is in use, so it stays: swapoff {path} first, then stop this again");
+        }
+    }
+
+    /// The device is gone: have the host drop what is left of its pages, if it can be reached.
+    fn forget(&self) {
+        let endpoint = self.args.endpoint();
+        let gone = hello(Role::Swap, "tmem-guest swap")
+            .and_then(|request| Link::connect(&endpoint, &request, Duration::from_secs(2)))
+            .and_then(|mut link| {
+                let pool =
+                    link.create_pool(&PoolCreate::private(PoolKind::Persistent, &self.args.pool_name))?;
+                let destroy = Header { pool, ..Header::request(Op::PoolDestroy, 0) };
+                link.call(&destroy, &[], "the answer to POOL_DESTROY").map(|_| ())
+            });
+        if let Err(error) = gone {
+            log::warn!(
+                "the host keeps the pages of pool {} until the guest reboots: {error}",
+                self.args.pool_name
+            );
+        }
+    }
+
+    fn ublk_lanes(&self, device: ublk::device::Ublk) -> io::Result<Vec<JoinHandle<()>>> {
         let (node, depth) = (Arc::new(device.open()?), self.args.depth);
         (0..self.args.queues)
             .map(|number| {
@@ -227,6 +284,13 @@ impl<'a> Service<'a> {
         log::info!("taking over a device whose server died; {held} pages were being moved");
         Some(number)
     }
+}
+
+fn join(lanes: Vec<JoinHandle<()>>) -> io::Result<()> {
+    for lane in lanes {
+        lane.join().map_err(|_| io::Error::other("a lane panicked"))?;
+    }
+    Ok(())
 }
 
 /// Start a thread with a small stack that has what threads of this process must have.

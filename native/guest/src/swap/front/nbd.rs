@@ -2,7 +2,13 @@
 //!
 //! Specification: <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>. The other end is the kernel,
 //! or any NBD client that came through [`handshake`].
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`device`] | making, recovering and removing devices of this guest's kernel |
+//! | [`handshake`] | the beginning of the protocol, for clients that are not the kernel |
 
+pub(in crate::swap) mod device;
 pub(in crate::swap) mod handshake;
 
 use std::collections::VecDeque;
