@@ -1,15 +1,15 @@
 from typing import Literal, TypedDict, final, type_check_only
 
 __all__ = [
-    "Engine",
-    "EngineError",
     "HEADER_BYTES",
     "MAX_BATCH",
     "MAX_BODY_BYTES",
     "PAGE_BYTES",
     "PORT",
-    "Store",
     "VERSION",
+    "Engine",
+    "EngineError",
+    "Store",
     "decode_header",
     "decode_hello_answer",
     "decode_hello_request",
