@@ -134,7 +134,7 @@ class Guest:
         checked(
             shell,
             "turning on swap",
-            ["tmem-agent", "swap", "on", "--size", _SWAP, "--device", "ublk"],
+            ["tmem-agent", "swap", "on", "--size", _SWAP],
             deadline_s=_STEP_DEADLINE_S,
         )
         mount = ensure_mounted(shell)
