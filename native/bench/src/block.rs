@@ -44,8 +44,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         random ^= random >> 7;
         random ^= random << 17;
         let began = Instant::now();
-        rustix::io::pread(&device, &mut page.0, random % pages * 4096)?;
+        let read = rustix::io::pread(&device, &mut page.0, random % pages * 4096)?;
         times.push(began.elapsed());
+        if read != page.0.len() {
+            return Err("the device is shorter than the span".into());
+        }
     }
     Report::default().text("what", "block").times(times).print();
     Ok(())
