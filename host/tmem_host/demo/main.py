@@ -63,7 +63,7 @@ def parts() -> tuple[Part, ...]:
             workload="kernel-build small",
             memory_bytes=256 * _MIB,
             cpus=2,
-            fill_bytes=176 * _MIB,
+            fill_bytes=168 * _MIB,
             compare=("mm", "kernel/sched"),
             work=kernel_work("small", 2),
         ),

@@ -24,6 +24,7 @@ from tmem_host.workloads import fio, kernel, memory
 from tmem_host.workloads.shell import DATA, OnOutput, Shell, WorkloadError, checked, ensure_mounted, finish
 
 _SWAP = "512M"
+_PAUSE_MS = 250
 _SUMS = "/run/tmem-demo.sums"
 _STEP_DEADLINE_S = 300.0
 _WORK_DEADLINE_S = 900.0
@@ -198,6 +199,8 @@ class Guest:
             shell,
             size_bytes=self._part.fill_bytes,
             seconds=int(_WORK_DEADLINE_S),
+            # Slow passes: the memory is cold enough to be swapped, and the workload warm enough to get on.
+            pause_ms=_PAUSE_MS,
             deadline_s=_WORK_DEADLINE_S + _STEP_DEADLINE_S,
             on_output=hear,
         )
