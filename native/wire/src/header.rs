@@ -149,6 +149,7 @@ impl Header {
     }
 
     /// The header of a successful, so far empty answer to `self`.
+    #[must_use]
     pub fn answer(&self) -> Header {
         Header { flags: FLAG_ANSWER, length: 0, count: 0, status: 0, ..*self }
     }

@@ -18,6 +18,7 @@ impl Features {
     pub const ALL: Features = Features(Self::LZ4 | Self::CHECKSUMS);
 
     /// The features both ends have.
+    #[must_use]
     pub fn common(self, other: Features) -> Features {
         Features(self.0 & other.0)
     }
