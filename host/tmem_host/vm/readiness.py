@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import threading
@@ -18,31 +19,47 @@ from tmem_host.vm.state import VmState
 NOTIFY_PORT = 29806
 """Host port on which a starting guest says that it is ready (systemd's VM notification)."""
 _POLL_S = 0.2
-_READ_TIMEOUT_S = 1.0
 
 
 def wait_for_ready(
     recorded: VmState, notifications: socket.socket, connection: libvirt.virConnect, deadline: float
 ) -> None:
     """Wait until the guest says that it is ready. TIMEOUT, UNAVAILABLE (it died), with its last lines."""
-    while b"READY=1" not in _next_notification(notifications, recorded):
-        _check_alive(recorded, connection)
-        if time.monotonic() > deadline:
-            raise late(recorded, "the guest did not become ready in time")
+    # Each notification is a connection of its own. On a busy host its only packet comes long after it was
+    # opened, so none is given up before the deadline: it may be the one that counts.
+    with contextlib.ExitStack() as opened:
+        streams: set[socket.socket] = set()
+        while True:
+            readable, _, _ = select.select([notifications, *streams], [], [], _POLL_S)
+            for stream in readable:
+                if stream is notifications:
+                    streams.update(_accept(notifications, recorded, opened))
+                elif b"READY=1" in _read(stream):
+                    return
+                else:
+                    streams.discard(stream)
+            _check_alive(recorded, connection)
+            if time.monotonic() > deadline:
+                raise late(recorded, "the guest did not become ready in time")
 
 
-def _next_notification(notifications: socket.socket, recorded: VmState) -> bytes:
-    """What the guest said, or nothing if it said nothing for a moment."""
-    readable, _, _ = select.select([notifications], [], [], _POLL_S)
-    if not readable:
-        return b""
+def _accept(
+    notifications: socket.socket, recorded: VmState, opened: contextlib.ExitStack
+) -> list[socket.socket]:
     stream, address = notifications.accept()
+    opened.enter_context(stream)
+    if recorded.transport == "vhost-vsock" and address[0] != recorded.cid:
+        stream.close()
+        return []
+    return [stream]
+
+
+def _read(stream: socket.socket) -> bytes:
+    """The one packet of a notification; then the guest waits for us to close.
+
+    Its half-close does not get through every transport.
+    """
     with stream:
-        if recorded.transport == "vhost-vsock" and address[0] != recorded.cid:
-            return b""
-        # One packet, and then the guest waits for us to close: its half-close does not get through every
-        # transport.
-        stream.settimeout(_READ_TIMEOUT_S)
         try:
             return stream.recv(4096)
         except OSError:
