@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import selectors
+import select
 import socket
 import threading
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import libvirt
@@ -26,33 +25,45 @@ def wait_for_ready(
     recorded: VmState, notifications: socket.socket, connection: libvirt.virConnect, deadline: float
 ) -> None:
     """Wait until the guest says that it is ready. TIMEOUT, UNAVAILABLE (it died), with its last lines."""
-    with ExitStack() as streams, selectors.DefaultSelector() as selector:
-        selector.register(notifications, selectors.EVENT_READ)
+    # Each notification is a connection of its own. On a busy host its only packet comes long after it was
+    # opened, so none is given up before the deadline: it may be the one that counts.
+    with contextlib.ExitStack() as opened:
+        streams: set[socket.socket] = set()
         while True:
-            for key, _ in selector.select(_POLL_S):
-                if key.fileobj is notifications:
-                    stream, address = notifications.accept()
-                    streams.enter_context(stream)
-                    if recorded.transport != "vhost-vsock" or address[0] == recorded.cid:
-                        selector.register(stream, selectors.EVENT_READ)
-                elif isinstance(key.fileobj, socket.socket):
-                    # One packet, and then the guest waits for us to close: its half-close does not get through
-                    # every transport. How long it takes to send it depends on how busy this host is, and it is
-                    # said only once.
-                    selector.unregister(key.fileobj)
-                    with key.fileobj as stream:
-                        if b"READY=1" in _received(stream):
-                            return
+            readable, _, _ = select.select([notifications, *streams], [], [], _POLL_S)
+            for stream in readable:
+                if stream is notifications:
+                    streams.update(_accept(notifications, recorded, opened))
+                elif b"READY=1" in _read(stream):
+                    return
+                else:
+                    streams.discard(stream)
             _check_alive(recorded, connection)
             if time.monotonic() > deadline:
                 raise late(recorded, "the guest did not become ready in time")
 
 
-def _received(stream: socket.socket) -> bytes:
-    try:
-        return stream.recv(4096)
-    except OSError:
-        return b""
+def _accept(
+    notifications: socket.socket, recorded: VmState, opened: contextlib.ExitStack
+) -> list[socket.socket]:
+    stream, address = notifications.accept()
+    opened.enter_context(stream)
+    if recorded.transport == "vhost-vsock" and address[0] != recorded.cid:
+        stream.close()
+        return []
+    return [stream]
+
+
+def _read(stream: socket.socket) -> bytes:
+    """The one packet of a notification; then the guest waits for us to close.
+
+    Its half-close does not get through every transport.
+    """
+    with stream:
+        try:
+            return stream.recv(4096)
+        except OSError:
+            return b""
 
 
 def wait_for_agent(
