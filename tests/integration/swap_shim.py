@@ -80,7 +80,7 @@ class Nbd:
 
 
 class Shim:
-    """A running shim; a context manager that leaves nothing behind. The swap file needs a real file system."""
+    """A running shim; a context manager that leaves nothing behind. `disk` can do direct I/O."""
 
     def __init__(self, directory: Path, disk: Path, endpoint: str, *options: str, size: str = "16M") -> None:
         self.nbd_socket = directory / "nbd.sock"

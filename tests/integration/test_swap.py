@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import subprocess
@@ -214,6 +213,6 @@ def test_a_full_file_system_is_named_and_left_as_it_was(disk: Path) -> None:
         )
         assert done.returncode != 0
         assert "no space for 67108864 bytes" in done.stderr
-        assert os.stat(mount / "swap").st_size == 0
+        assert (mount / "swap").stat().st_size == 0
     finally:
         subprocess.run(["umount", mount], check=True)

@@ -41,10 +41,14 @@ use std::str::FromStr;
 
 use tmem_wire::PAGE_BYTES;
 
-use crate::link::Endpoint;
+use crate::link::{Address, Endpoint};
 use front::{nbd, ublk};
 use service::Service;
 use shared::Shared;
+
+/// Most bytes for one packet on vsock. The driver wants its memory in one piece: two pages are always to be had from the
+/// kernel's reserve, eight may not be, and a lane that waits for them waits for itself.
+const PACKET_BYTES: usize = 7 * 1024;
 
 /// How the device reaches the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -136,18 +140,17 @@ pub struct Args {
     /// Milliseconds after which a host that does not answer at all counts as gone, and is connected to anew.
     #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(50..))]
     answer_timeout_ms: u32,
-    /// Do not split writes on vsock; for hosts with /dev/vhost-vsock or tmemd's own device.
+    /// Do not bound what is under way on vsock; for hosts with /dev/vhost-vsock or tmemd's own device.
     #[arg(long)]
     unsplit: bool,
 }
 
 impl Args {
     fn endpoint(&self) -> Endpoint {
-        if self.unsplit {
-            self.endpoint.clone().unsplit()
-        } else {
-            self.endpoint.clone()
-        }
+        let endpoint = self.endpoint.clone();
+        let vsock = matches!(endpoint.address, Address::Vsock { .. });
+        let endpoint = if self.unsplit { endpoint.unsplit() } else { endpoint };
+        Endpoint { write_bytes: if vsock { Some(PACKET_BYTES) } else { endpoint.write_bytes }, ..endpoint }
     }
 }
 
