@@ -15,7 +15,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use io_uring::{opcode, types};
-use rustix::mm::{mmap, MapFlags, ProtFlags};
+use rustix::mm::{mmap, munmap, MapFlags, ProtFlags};
 use tmem_wire::PAGE_BYTES;
 
 use super::{Context, Event, Front};
@@ -42,13 +42,21 @@ pub(in crate::swap) struct Queue {
 // SAFETY: the descriptors are only read, and only by the lane that the queue moves to.
 unsafe impl Send for Queue {}
 
+impl Drop for Queue {
+    fn drop(&mut self) {
+        // While it is mapped the kernel counts the device's end as open, and deleting the device waits for ever.
+        // SAFETY: mapped in `new` with this size; no reference into it outlives `descriptor`.
+        let unmapped = unsafe { munmap(self.descriptors.cast_mut().cast(), Queue::mapped_bytes(self.depth)) };
+        debug_assert!(unmapped.is_ok());
+    }
+}
+
 impl Queue {
     /// Queue `number` of the device that this is the server's end of.
     pub(in crate::swap) fn new(device: Arc<File>, number: u16, depth: u16) -> io::Result<Queue> {
-        let bytes =
-            (usize::from(depth) * size_of::<Descriptor>()).next_multiple_of(rustix::param::page_size());
+        let bytes = Queue::mapped_bytes(depth);
         let offset = usize::from(number) * MAX_QUEUE_DEPTH * size_of::<Descriptor>();
-        // SAFETY: a fresh read-only mapping at an address of the kernel's choice; never unmapped.
+        // SAFETY: a fresh read-only mapping at an address of the kernel's choice; unmapped when dropped.
         let descriptors = unsafe {
             mmap(
                 std::ptr::null_mut(),
@@ -60,6 +68,10 @@ impl Queue {
             )
         }?;
         Ok(Queue { device, number, depth, descriptors: descriptors.cast(), ended: 0 })
+    }
+
+    fn mapped_bytes(depth: u16) -> usize {
+        (usize::from(depth) * size_of::<Descriptor>()).next_multiple_of(rustix::param::page_size())
     }
 
     fn descriptor(&self, tag: u16) -> Descriptor {
