@@ -1,0 +1,93 @@
+"""tmem-agent as a systemd unit of a Debian guest: boot, swap in one command, its death, stop, shutdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from framework.agent_guest import AgentGuest, until
+from framework.vms import MIB, Vms
+
+MEMORY_BYTES = 256 * MIB
+SHUTDOWN_S = 240.0
+CONFIGURATION = b"""
+[[mount]]
+directory = "/data/files"
+at = "/mnt/tmem"
+"""
+
+# Fills more memory than there is with pages that tell their number, and reads them again.
+VERIFY = """
+import mmap, sys
+pages = int(sys.argv[1]) << 8
+memory = mmap.mmap(-1, pages * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+words = memoryview(memory).cast("Q")
+for page in range(pages):
+    words[page * 512] = page * 0x9E3779B97F4A7C15 % 2**64
+    words[page * 512 + 511] = page
+wrong = sum(
+    words[page * 512] != page * 0x9E3779B97F4A7C15 % 2**64 or words[page * 512 + 511] != page
+    for page in range(pages)
+)
+print("wrong pages:", wrong)
+"""
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def guest(module_vms: Vms, built: Callable[[str], None]) -> AgentGuest:
+    """A Debian guest whose agent has a mount configured. The tests follow each other in it."""
+    built("debian")
+    files = {"/etc/tmem/agent.toml": CONFIGURATION, "/data/files/hello": b"hello\n", "/mnt/tmem/.keep": b""}
+    return AgentGuest(module_vms.up("debian", memory_bytes=MEMORY_BYTES, files=files))
+
+
+def test_the_mount_is_there_from_boot_on(guest: AgentGuest) -> None:
+    until(lambda: guest.says("cat /mnt/tmem/hello", "hello"), "the mount serves")
+    assert guest.run("findmnt -n -o FSTYPE /mnt/tmem") == "fuse.tmem\n"
+    assert guest.status()["host"]["connected"]
+    assert "host connected; mounts /mnt/tmem; swap off" in guest.run("systemctl status tmem-agent")
+
+
+def test_swap_is_one_command(guest: AgentGuest) -> None:
+    guest.run("tmem-agent swap on --size 256M --file /data/swap.tmem")
+    device = guest.status()["swap"]["device"]
+    assert guest.run("swapon --show=NAME,PRIO --noheadings").split() == [device, "100"]
+    guest.run(f"cat > /root/verify.py <<'END'\n{VERIFY}END")
+    assert guest.run(f"python3 /root/verify.py {MEMORY_BYTES // MIB}") == "wrong pages: 0\n"
+    assert guest.counters("host", "stats")["puts_accepted"] > 0
+    assert "pages at the host" in guest.run("tmem-agent swap status")
+
+    guest.run("tmem-agent swap off")
+    assert guest.run("swapon --show --noheadings; ls /data/swap.tmem 2>/dev/null || true") == ""
+    assert guest.run("tmem-agent swap status") == "swap    off\n"
+
+
+def test_the_agents_death_takes_nothing_with_it(guest: AgentGuest) -> None:
+    guest.run("tmem-agent swap on --size 64M --file /data/swap.tmem")
+    before = guest.status()
+    guest.run("systemctl kill --kill-whom=main --signal=KILL tmem-agent")
+    until(lambda: guest.says("tmem-agent status", "connected"), "the next agent answers")
+    until(lambda: guest.status()["swap"]["state"] == "up", "swap is taken over")
+    after = guest.status()
+    assert after["swap"]["pid"] == before["swap"]["pid"]
+    assert after["swap"]["active"]
+    assert guest.says("cat /mnt/tmem/hello", "hello")
+
+
+def test_stopping_releases_everything(guest: AgentGuest) -> None:
+    guest.run("systemctl stop tmem-agent")
+    left = guest.run("swapon --show --noheadings; findmnt /mnt/tmem || true; pgrep -f tmem-gues[t] || true")
+    assert left == ""
+    guest.run("systemctl start tmem-agent")
+    until(lambda: guest.says("cat /mnt/tmem/hello", "hello"), "the mount serves again")
+
+
+def test_the_guest_shuts_down_with_swap_and_mounts_in_use(guest: AgentGuest) -> None:
+    guest.run("tmem-agent swap on --size 128M --file /data/swap.tmem")
+    # Something swapped out, and something that holds a file of the mount open until it is killed.
+    guest.run("python3 /root/verify.py 160")
+    guest.run("nohup tail -f /mnt/tmem/hello > /dev/null 2>&1 < /dev/null &")
+    guest.run("systemctl poweroff --no-block")
+    guest.up.wait_until_down(SHUTDOWN_S)
