@@ -54,7 +54,8 @@ def parts() -> tuple[Part, ...]:
             workload="fio mixed",
             memory_bytes=256 * _MIB,
             cpus=1,
-            fill_bytes=200 * _MIB,
+            fill_bytes=192 * _MIB,
+            pause_ms=400,
             compare=("mm",),
             work=fio_work("mixed", 64 * _MIB, 60),
         ),
@@ -63,9 +64,10 @@ def parts() -> tuple[Part, ...]:
             workload="kernel-build small",
             memory_bytes=256 * _MIB,
             cpus=2,
-            fill_bytes=168 * _MIB,
+            fill_bytes=136 * _MIB,
+            pause_ms=1000,
             compare=("mm", "kernel/sched"),
-            work=kernel_work("small", 2),
+            work=kernel_work("small", 1),
         ),
     )
 

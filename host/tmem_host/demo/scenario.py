@@ -24,7 +24,6 @@ from tmem_host.workloads import fio, kernel, memory
 from tmem_host.workloads.shell import DATA, OnOutput, Shell, WorkloadError, checked, ensure_mounted, finish
 
 _SWAP = "512M"
-_PAUSE_MS = 250
 _SUMS = "/run/tmem-demo.sums"
 _STEP_DEADLINE_S = 300.0
 _WORK_DEADLINE_S = 900.0
@@ -46,6 +45,9 @@ class Part:
     cpus: int
     fill_bytes: int
     """What the memory program fills."""
+    pause_ms: int
+    """Its pause after each MiB: slow passes leave the memory cold enough to be swapped, and the workload in
+    peace."""
     compare: tuple[str, ...]
     """Directories, below the kernel sources, whose files are compared with the originals."""
     work: Work
@@ -199,8 +201,7 @@ class Guest:
             shell,
             size_bytes=self._part.fill_bytes,
             seconds=int(_WORK_DEADLINE_S),
-            # Slow passes: the memory is cold enough to be swapped, and the workload warm enough to get on.
-            pause_ms=_PAUSE_MS,
+            pause_ms=self._part.pause_ms,
             deadline_s=_WORK_DEADLINE_S + _STEP_DEADLINE_S,
             on_output=hear,
         )
