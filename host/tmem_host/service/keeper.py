@@ -42,9 +42,7 @@ def ensure(path: Path) -> Path:
         return path
     command = [sys.executable, "-m", "tmem_host.service.keeper", str(path)]
     quiet = subprocess.DEVNULL
-    keeper = subprocess.Popen(
-        command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True
-    )
+    keeper = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
     deadline = time.monotonic() + _START_TIMEOUT_S
     while not is_running(path):
         if keeper.poll() is not None or time.monotonic() > deadline:
