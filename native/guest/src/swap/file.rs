@@ -2,12 +2,16 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use io_uring::{opcode, types};
 use rustix::fs::{fallocate, fstatfs, FallocateFlags, FlockOperation};
 use tmem_wire::PAGE_BYTES;
+
+use super::ring::{Ring, Source, Token};
 
 /// Why a file cannot be swapped to.
 #[derive(Debug, thiserror::Error)]
@@ -145,7 +149,26 @@ pub fn prepare(path: &Path, pages: u32) -> Result<File, FileError> {
     // Some file systems accept the flag and refuse the transfer.
     let mut probe = Aligned::new(PAGE_BYTES);
     file.read_exact_at(probe.bytes(), 0).map_err(|_| no_direct_io(path))?;
+    write_once(&file, &mut probe).map_err(failed("write to it"))?;
     Ok(file)
+}
+
+/// Write the first page as it is, the way lanes will write. The first such write has the kernel start a thread for the
+/// file system (`s_dio_done_wq`), which it could not do later, when there is no memory.
+fn write_once(file: &File, page: &mut Aligned) -> io::Result<()> {
+    let mut ring = Ring::new(4)?;
+    let entry =
+        opcode::Write::new(types::Fd(file.as_raw_fd()), page.bytes().as_ptr(), PAGE_BYTES as u32).offset(0);
+    // SAFETY: the page outlives the wait for the completion below.
+    unsafe { ring.push(entry.build(), Token::new(Source::File, 0)) };
+    loop {
+        ring.wait(Duration::from_secs(1))?;
+        match ring.completion() {
+            Some((_, result)) if usize::try_from(result) == Ok(PAGE_BYTES) => return Ok(()),
+            Some((_, result)) => return Err(io::Error::from_raw_os_error(result.saturating_neg())),
+            None => {}
+        }
+    }
 }
 
 fn no_direct_io(path: &Path) -> FileError {
