@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -27,6 +28,9 @@ COMMANDS = {
     "demo": ("tmem_host.demo.main:demo", "Run the demonstration on two real VMs."),
 }
 """Command → where it is, and its line in the help (so that help imports none of them)."""
+
+_TRACEBACK = "TMEM_TRACEBACK"
+"""Environment variable for developers: failures are shown with where they came from."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -95,7 +99,9 @@ def run(argv: list[str] | None = None) -> int:
     """Run `tmemctl` with these arguments (default: the process's own) and return its exit code."""
     try:
         result = tmemctl.main(args=argv, prog_name="tmemctl", standalone_mode=False)
-    except (OperatorError, click.ClickException, click.Abort, KeyboardInterrupt, BrokenPipeError) as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if _TRACEBACK in os.environ:
+            raise
         line, code = _explain(error)
         if line:
             print(f"tmemctl: {line}", file=sys.stderr)
@@ -120,8 +126,26 @@ def _explain(error: BaseException) -> tuple[str, int]:
             # The reader (`head`, say) has what it wanted. Python would complain again when it flushes.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return "", ExitCode.OK
-        case _:
+        case click.Abort() | KeyboardInterrupt():
             return "interrupted", INTERRUPTED
+        case OSError():
+            return _explain_os(error)
+        case _:
+            # A mistake of ours. Whoever operates this has no use for its traceback, whoever repairs it has.
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            return f"unexpected failure: {what} (try: {_TRACEBACK}=1 shows where)", ExitCode.FAILED
+
+
+def _explain_os(error: OSError) -> tuple[str, int]:
+    """The line and the exit code of what the system refused without anybody expecting it."""
+    what = f"{error.filename}: {error.strerror}" if error.filename else " ".join(str(error).split())
+    match error.errno:
+        case errno.EACCES | errno.EPERM:
+            return f"{what} (try: as root)", ExitCode.PRIVILEGE
+        case errno.ENOSPC | errno.EDQUOT | errno.ENOMEM:
+            return f"{what} (try: free some)", ExitCode.NO_SPACE
+        case _:
+            return what, ExitCode.FAILED
 
 
 if __name__ == "__main__":

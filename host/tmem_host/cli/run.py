@@ -98,7 +98,7 @@ def fio_command(
     "target_name",
     default="small",
     show_default=True,
-    help="small, lib, mm, core, vmlinux, or a directory of the sources.",
+    help="small, time, lib, mm, core, vmlinux, or a directory of the sources.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Compilers at once.")
 @deadline_option(3600)

@@ -57,7 +57,7 @@ def parts() -> tuple[Part, ...]:
             fill_bytes=192 * _MIB,
             pause_ms=400,
             compare=("mm",),
-            work=fio_work("mixed", 64 * _MIB, 60),
+            work=fio_work("mixed", 48 * _MIB, 60),
         ),
         Part(
             name="demo-build",

@@ -30,7 +30,8 @@ class Target:
 TARGETS = {
     target.name: target
     for target in (
-        Target("small", "init/, kernel/time/, kernel/locking/", ("init/", "kernel/time/", "kernel/locking/")),
+        Target("small", "init/ and kernel/locking/", ("init/", "kernel/locking/")),
+        Target("time", "kernel/time/", ("kernel/time/",)),
         Target("lib", "lib/", ("lib/",)),
         Target("mm", "mm/, memory management", ("mm/",)),
         Target("core", "kernel/ and mm/", ("kernel/", "mm/")),
