@@ -144,8 +144,12 @@ def load(path: Path, kind: type[T]) -> T:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise OperatorError(f"{path} is not valid TOML: {error}", code=ExitCode.USAGE) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise OperatorError(f"{path} cannot be read: {error}", code=ExitCode.USAGE) from error
+    except UnicodeDecodeError as error:
+        raise OperatorError(f"{path} is not UTF-8 text: {error}", code=ExitCode.USAGE) from error
+    except OSError as error:
+        raise OperatorError(
+            f"{path} cannot be read: {error.strerror}", hint="another --config", code=ExitCode.USAGE
+        ) from error
     return parse(data, kind, str(path))
 
 

@@ -110,7 +110,7 @@ def run(argv: list[str] | None = None) -> int:
     return result if isinstance(result, int) else ExitCode.OK
 
 
-def _explain(error: BaseException) -> tuple[str, int]:
+def _explain(error: BaseException) -> tuple[str, int]:  # noqa: PLR0911  # a table of kinds
     """The line for stderr (empty for none) and the exit code."""
     match error:
         case OperatorError():

@@ -94,7 +94,11 @@ def controller(
 
 def main() -> None:
     """Run `tmem-controller`."""
-    controller()
+    try:
+        controller(standalone_mode=False)
+    except click.UsageError as error:
+        click.echo(f"tmem-controller: {error.format_message()} (try: tmem-controller --help)", err=True)
+        sys.exit(ExitCode.USAGE)
 
 
 if __name__ == "__main__":

@@ -80,8 +80,11 @@ def configuration(path: Path | None, options: dict[tuple[str, str], str | None])
 def main() -> None:
     """Entry point."""
     try:
-        command(prog_name="tmemd")
-    except KeyboardInterrupt:
+        command(prog_name="tmemd", standalone_mode=False)
+    except click.UsageError as error:
+        click.echo(f"tmemd: {error.format_message()} (try: tmemd --help)", err=True)
+        sys.exit(ExitCode.USAGE)
+    except (click.Abort, KeyboardInterrupt):
         sys.exit(ExitCode.FAILED)
 
 

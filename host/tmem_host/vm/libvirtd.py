@@ -102,7 +102,7 @@ def in_use() -> Iterator[None]:
 
     While a process is in such a block, no other one stops the libvirtd under it.
     """
-    _check_permission()
+    check_permission()
     _RUN.parent.mkdir(parents=True, exist_ok=True)
     with _USERS.open("w") as users:
         fcntl.flock(users, fcntl.LOCK_SH)
@@ -129,7 +129,8 @@ def _ensure() -> None:
 
 def stop_if_idle() -> None:
     """Stop the libvirtd that was started here, unless it is in use. Somebody else's is left alone."""
-    if not _RECORD.exists():
+    # Who may not use it did not start it either.
+    if os.geteuid() != 0 or not _RECORD.exists():
         return
     with _USERS.open("w") as users:
         try:
@@ -151,7 +152,8 @@ def _has_systemd() -> bool:
     return Path("/run/systemd/system").is_dir()
 
 
-def _check_permission() -> None:
+def check_permission() -> None:
+    """PRIVILEGE unless this user may make and end VMs."""
     if os.geteuid() != 0:
         raise OperatorError("using libvirtd's system VMs needs root", hint="sudo", code=ExitCode.PRIVILEGE)
 

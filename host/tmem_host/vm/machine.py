@@ -163,13 +163,14 @@ def up(request: VmRequest, progress: Progress = lambda _: None) -> Machine:
 
 
 def down(name: str) -> None:
-    """Power a VM off at once and remove everything it had. NOT_FOUND if there is none."""
+    """Power a VM off at once and remove everything it had. NOT_FOUND if there is none; PRIVILEGE."""
     try:
         recorded = state.load(name)
     except OperatorError as error:
         if error.code is not ExitCode.NOT_FOUND:
             raise
         raise _NotFoundError(error.message, hint=error.hint, vm=error.vm, code=error.code) from error
+    libvirtd.check_permission()
     _tear_down(recorded)
     libvirtd.stop_if_idle()
 

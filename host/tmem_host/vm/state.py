@@ -77,10 +77,9 @@ def load(name: str) -> VmState:
     try:
         return msgspec.json.decode((directory(name) / _FILE).read_bytes(), type=VmState)
     except FileNotFoundError as error:
-        known = ", ".join(state.name for state in every()) or "none"
-        raise OperatorError(
-            "there is no such VM", vm=name, hint=f"those up are: {known}", code=ExitCode.NOT_FOUND
-        ) from error
+        known = ", ".join(state.name for state in every())
+        hint = f"one of {known}" if known else f"none is up; tmemctl vm up {name}"
+        raise OperatorError("there is no such VM", vm=name, hint=hint, code=ExitCode.NOT_FOUND) from error
 
 
 def every() -> list[VmState]:
@@ -129,7 +128,7 @@ def choose_cid(wanted: int | None, taken: dict[int, str]) -> int:
             cid += 1
         return cid
     if not 3 <= wanted < 2**32 - 1:
-        raise OperatorError(f"{wanted} is not a CID for a guest", hint="3 or more", code=ExitCode.USAGE)
+        raise OperatorError(f"{wanted} is not a CID for a guest", hint="3 to 4294967294", code=ExitCode.USAGE)
     if wanted in taken:
         raise OperatorError(
             f"CID {wanted} is taken by VM {taken[wanted]!r}",
