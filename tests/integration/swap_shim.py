@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-from fs_mount import program
+from integration.fs_mount import program
 
 PAGE_BYTES = 4096
 Status = dict[str, object]

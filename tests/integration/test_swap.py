@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from framework.daemon import Tmemd
-from fs_mount import program
-from swap_shim import PAGE_BYTES, Nbd, NbdError, Shim
+from integration.fs_mount import program
+from integration.swap_shim import PAGE_BYTES, Nbd, NbdError, Shim
 from tmem_host.api.types import VmChange
 
 PAGES = 4096
