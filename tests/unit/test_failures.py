@@ -71,6 +71,20 @@ def test_who_is_not_root_takes_no_vm_down(nobody: Path) -> None:
     assert state.every() == [recorded]
 
 
+def test_a_record_of_another_version_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TMEM_VM_DIRECTORY", str(tmp_path))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/vm.json").write_text('{"name": "a"}')
+    for line in ("vm list", "vm console a", "vm down a"):
+        assert run(line.split()) == ExitCode.FAILED
+        captured = capsys.readouterr()
+        assert captured.err.startswith("tmemctl: VM 'a': its record is not to be understood: ")
+        assert f"rm -r {tmp_path}/a" in captured.err
+        assert captured.err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("error", "code", "says"),
     [

@@ -72,10 +72,10 @@ def check_name(name: str) -> None:
 
 
 def load(name: str) -> VmState:
-    """The record of a VM. NOT_FOUND if there is none."""
+    """The record of a VM. NOT_FOUND if there is none; PRIVILEGE or FAILED if it cannot be read."""
     check_name(name)
     try:
-        return msgspec.json.decode((directory(name) / _FILE).read_bytes(), type=VmState)
+        return _read(directory(name) / _FILE)
     except FileNotFoundError as error:
         known = ", ".join(state.name for state in every())
         hint = f"one of {known}" if known else f"none is up; tmemctl vm up {name}"
@@ -85,7 +85,24 @@ def load(name: str) -> VmState:
 def every() -> list[VmState]:
     """The records of all VMs, by name."""
     files = sorted(root().glob(f"*/{_FILE}"))
-    return [msgspec.json.decode(file.read_bytes(), type=VmState) for file in files]
+    return [_read(file) for file in files]
+
+
+def _read(file: Path) -> VmState:
+    name = file.parent.name
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=VmState)
+    except PermissionError as error:
+        raise OperatorError(
+            f"not allowed to read {file}", vm=name, hint="as root", code=ExitCode.PRIVILEGE
+        ) from error
+    except msgspec.DecodeError as error:
+        # Records are written whole: another version of tmem wrote this one.
+        raise OperatorError(
+            f"its record is not to be understood: {error}",
+            vm=name,
+            hint=f"virsh destroy {name}; rm -r {file.parent}",
+        ) from error
 
 
 def save(state: VmState) -> None:
