@@ -1,5 +1,7 @@
 //! What is written is read back; what is damaged is refused, and never panics.
 
+#![allow(clippy::unwrap_used)] // a test fails by panicking
+
 use proptest::collection::vec;
 use proptest::prelude::*;
 use tmem_wire::header::{FLAG_CHECKSUMS, HEADER_BYTES};
@@ -68,14 +70,13 @@ proptest! {
         let (header, body) = split(&frame);
         prop_assert!(header.is_answer() && header.flags & FLAG_CHECKSUMS != 0);
         for (got, page) in pages::decode_got(&header, body).unwrap().zip(&pages) {
-            match page {
-                Some(((encoding, payload), checksum)) => {
-                    prop_assert_eq!(got.status, GetStatus::Hit);
-                    prop_assert_eq!(got.encoding, *encoding);
-                    prop_assert_eq!(got.payload, payload.as_slice());
-                    prop_assert_eq!(got.checksum, Some(*checksum));
-                }
-                None => prop_assert_eq!(got.status, GetStatus::Miss),
+            if let Some(((encoding, payload), checksum)) = page {
+                prop_assert_eq!(got.status, GetStatus::Hit);
+                prop_assert_eq!(got.encoding, *encoding);
+                prop_assert_eq!(got.payload, payload.as_slice());
+                prop_assert_eq!(got.checksum, Some(*checksum));
+            } else {
+                prop_assert_eq!(got.status, GetStatus::Miss);
             }
         }
     }

@@ -146,7 +146,7 @@ struct World {
     now: Instant,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 enum Step {
     Write { lane: usize, first: u32, pages: u32, seed: u32 },
     Read { lane: usize, first: u32, pages: u32 },
