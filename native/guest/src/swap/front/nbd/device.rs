@@ -81,8 +81,6 @@ fn find(mut attributes: &[u8], kind: u16) -> Option<&[u8]> {
 impl Driver {
     /// Open the client, if this kernel has it.
     pub(in crate::swap) fn open() -> io::Result<Driver> {
-        // It may be built in, or not there at all, which the kernel tells below.
-        let _ = std::process::Command::new("modprobe").args(["nbd", "nbds_max=0"]).status();
         // SAFETY: names no memory; the descriptor is taken over below.
         let socket = unsafe {
             libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::NETLINK_GENERIC)
@@ -94,9 +92,16 @@ impl Driver {
         let mut driver = Driver { socket: unsafe { OwnedFd::from_raw_fd(socket) }, family: GENL_ID_CTRL };
         let mut ask = Vec::new();
         attribute(&mut ask, CTRL_ATTR_FAMILY_NAME, b"nbd\0");
-        let answer = driver.call(CTRL_CMD_GETFAMILY, &ask).map_err(|error| {
-            io::Error::new(error.kind(), format!("the kernel module nbd is needed: {error}"))
-        })?;
+        let answer = driver
+            .call(CTRL_CMD_GETFAMILY, &ask)
+            .or_else(|_| {
+                // Only if it is missing: while a device has no server, no other program may be able to run.
+                let _ = std::process::Command::new("modprobe").args(["nbd", "nbds_max=0"]).status();
+                driver.call(CTRL_CMD_GETFAMILY, &ask)
+            })
+            .map_err(|error| {
+                io::Error::new(error.kind(), format!("the kernel module nbd is needed: {error}"))
+            })?;
         driver.family = match find(&answer, CTRL_ATTR_FAMILY_ID) {
             Some(&[low, high]) => u16::from_ne_bytes([low, high]),
             _ => return Err(io::Error::other("the kernel names no nbd netlink family")),
