@@ -1,6 +1,8 @@
 //! The golden vectors of `tests/golden/frames.json`, which the reference client in Python writes, read and written by
 //! this codec.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test fails by panicking
+
 use serde_json::Value;
 use tmem_wire::header::FLAG_CHECKSUMS;
 use tmem_wire::pages::{self, GotWriter, PutWriter};
