@@ -15,7 +15,7 @@ help:
 	@echo 'make test         every test but the long ones'
 	@echo 'make test-long    the tests that run for many minutes'
 	@echo 'make check        formatters, linters, type checkers'
-	@echo 'make bench-NAME   a benchmark: store, transport, fairness, swap, fs'
+	@echo 'make bench-NAME   a benchmark: store, transport, fairness, fs'
 	@echo 'make setup        install what is missing (the others imply it)'
 	@echo 'make clean        remove build products; VM images are kept, `make distclean` removes them too'
 
