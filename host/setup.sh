@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 MIN_RUST=1.85
 PACKAGES="gcc libc6-dev make git pkg-config python3 python3-venv python3-dev
  qemu-system-x86 qemu-utils libvirt-daemon-system libvirt-clients libvirt-dev
- mmdebstrap debian-archive-keyring e2fsprogs busybox-static cpio zstd xz-utils
+ mmdebstrap debian-archive-keyring e2fsprogs kmod busybox-static cpio zstd xz-utils
  fio fuse3 attr acl openssh-client shellcheck ca-certificates"
 BENCH_PACKAGES="bindfs libfuse3-dev redis-server memcached"
 
