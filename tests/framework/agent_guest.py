@@ -9,9 +9,11 @@ from typing import TypeVar
 
 from tmem_host.errors import OperatorError
 from tmem_host.vm.machine import Machine
+from tmem_host.vm.ssh import GuestShell
 
 T = TypeVar("T")
-COMMAND_S = 240.0
+COMMAND_S = 400.0
+CONNECT_S = 60.0
 
 
 class AgentGuest:
@@ -22,8 +24,19 @@ class AgentGuest:
 
     def run(self, line: str) -> str:
         """A shell line that must succeed; its output."""
-        with self.up.ssh() as shell:
+        with self._connect() as shell:
             return shell.check(line, deadline_s=COMMAND_S)
+
+    def _connect(self) -> GuestShell:
+        """A shell; a guest that is short of memory may refuse a connection for a moment."""
+        deadline = time.monotonic() + CONNECT_S
+        while True:
+            try:
+                return self.up.ssh()
+            except OperatorError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1)
 
     def says(self, line: str, text: str) -> bool:
         """Whether a shell line, for now, succeeds and says this."""
