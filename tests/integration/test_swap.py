@@ -132,7 +132,8 @@ def test_every_page_survives_a_daemon_that_is_killed_again_and_again(tmemd: Tmem
             verify(device, written)
         status = shim.wait_for("flushed copies", lambda status: status["stale_pages"] == 0)
         assert status["lost_pages"] == 0
-        assert status["disconnects"] == 4
+        # A busy host may be slow enough to answer that the shim gives a connection up by itself.
+        assert status["disconnects"] >= 4
         with tmemd.admin() as admin:
             assert admin.vm("a").persistent_pages == status["host_pages"]
 

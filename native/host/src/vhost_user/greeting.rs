@@ -87,9 +87,11 @@ mod tests {
         let (mut client, server) = UnixStream::pair().unwrap();
         client.write_all(b"CONN").unwrap();
         assert!(matches!(Greeting::new(server, Instant::now()).hear(true), Heard::Nonsense));
+        let (client, server) = UnixStream::pair().unwrap();
+        drop(client);
+        assert!(matches!(Greeting::new(server, Instant::now()).hear(false), Heard::Nonsense));
         for nonsense in [
-            &b""[..],
-            b"GET / HTTP/1.1\r\n",
+            &b"GET / HTTP/1.1\r\n"[..],
             b"CONNECT -1\n",
             b"CONNECT 4294967296\n",
             b"CONNECT 000000000000000022\n",
