@@ -51,9 +51,21 @@ impl Tree {
             // Its own writers keep it up to date; whether others interfered shows once they are done.
             return content.cached.is_some();
         }
-        let keep = content.cached.as_ref() == Some(now);
-        content.cached = Some(*now).filter(|version| self.trusted(version));
-        keep
+        if content.cached.as_ref() == Some(now) {
+            return true;
+        }
+        content.cached = None;
+        content.dropping = Some(*now).filter(|version| self.trusted(version));
+        false
+    }
+
+    /// A handle whose opening at `version` made the kernel drop its pages is being read, so they are dropped: what the
+    /// kernel has from now on is of that version or newer.
+    pub(crate) fn note_dropped(&self, inode: &Inode, version: Version) {
+        let mut content = inode.content.lock();
+        if content.changes == 0 && content.dropping == Some(version) {
+            content.cached = content.dropping.take();
+        }
     }
 
     /// Whether the size and times that the kernel knows of a file that is being opened are of another version.

@@ -89,7 +89,7 @@ impl Tree {
         let inode = self.target(call)?;
         let _: OpenIn = call.args.take()?;
         let fd = self.reopen(&inode, OFlags::DIRECTORY | OFlags::RDONLY)?;
-        let fh = self.handles.insert(Handle::new(inode, fd));
+        let fh = self.handles.insert(Handle::new(inode, fd, None));
         call.reply(&OpenOut { fh, open_flags: 0, backing_id: 0 });
         Ok(())
     }

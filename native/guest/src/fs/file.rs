@@ -27,9 +27,9 @@ fn lower_flags(flags: u32) -> OFlags {
 }
 
 impl Tree {
-    fn reply_open(&self, call: &mut Call, inode: Arc<Inode>, fd: OwnedFd, keep: bool) {
+    fn reply_open(&self, call: &mut Call, inode: Arc<Inode>, fd: OwnedFd, keep: bool, now: Option<Version>) {
         let open_flags = abi::FOPEN_NOFLUSH | if keep { abi::FOPEN_KEEP_CACHE } else { 0 };
-        let fh = self.handles.insert(Handle::new(inode, fd));
+        let fh = self.handles.insert(Handle::new(inode, fd, now.filter(|_| !keep)));
         call.reply(&OpenOut { fh, open_flags, backing_id: 0 });
     }
 
@@ -47,7 +47,7 @@ impl Tree {
                 }
             })?;
             let keep = inode.content.lock().cached.is_some();
-            self.reply_open(call, inode, fd, keep);
+            self.reply_open(call, inode, fd, keep, None);
             return Ok(());
         }
         let fd = open()?;
@@ -57,7 +57,7 @@ impl Tree {
             // A reader must not stop at the size of before. ENOENT: the kernel does not keep attributes of it.
             let _ = call.device.invalidate_inode(inode.node, -1);
         }
-        self.reply_open(call, inode, fd, keep);
+        self.reply_open(call, inode, fd, keep, Some(now));
         Ok(())
     }
 
@@ -104,7 +104,7 @@ impl Tree {
             self.note_created(&inode, &Version::of(&stat));
         }
         call.reply(&self.entry(&inode, &stat));
-        self.reply_open(call, inode, fd, false);
+        self.reply_open(call, inode, fd, false, None);
         Ok(())
     }
 

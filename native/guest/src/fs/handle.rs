@@ -8,6 +8,7 @@ use rustix::io::Errno;
 
 use super::dir::Listing;
 use super::inode::Inode;
+use super::version::Version;
 
 /// An open file or directory.
 pub(crate) struct Handle {
@@ -18,14 +19,16 @@ pub(crate) struct Handle {
     /// For regular files: a descriptor for reading past the lower page cache, made at the first read that wants it.
     /// `None` inside if the lower file system cannot.
     pub(crate) direct: OnceLock<Option<OwnedFd>>,
+    /// The version at which opening it made the kernel drop its pages, until the first read.
+    pub(crate) dropped: Mutex<Option<Version>>,
     /// For directories: where the listing stands.
     pub(crate) listing: Mutex<Listing>,
 }
 
 impl Handle {
     /// A handle on an open lower descriptor.
-    pub(crate) fn new(inode: Arc<Inode>, fd: OwnedFd) -> Handle {
-        Handle { inode, fd, direct: OnceLock::new(), listing: Mutex::default() }
+    pub(crate) fn new(inode: Arc<Inode>, fd: OwnedFd, dropped: Option<Version>) -> Handle {
+        Handle { inode, fd, direct: OnceLock::new(), dropped: Mutex::new(dropped), listing: Mutex::default() }
     }
 }
 

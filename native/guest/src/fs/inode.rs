@@ -41,6 +41,9 @@ impl Identity {
 pub(crate) struct Content {
     /// The version whose pages the kernel's page cache may hold; `None` makes the next open drop them.
     pub(crate) cached: Option<Version>,
+    /// The version at which an open last made the kernel drop its pages. It becomes `cached` once that has surely
+    /// happened, which the first read through the opened handle shows: until then another open must not keep them.
+    pub(crate) dropping: Option<Version>,
     /// The version whose size and times the kernel was told last.
     pub(crate) told: Option<Version>,
     /// The object that pages were put under last, to be flushed once the file changes.

@@ -26,6 +26,9 @@ impl Tree {
     pub(crate) fn read(&self, call: &mut Call) -> Done {
         let asked: ReadIn = call.args.take()?;
         let handle = self.handles.get(asked.fh)?;
+        if let Some(version) = handle.dropped.lock().take() {
+            self.note_dropped(&handle.inode, version);
+        }
         let size = (asked.size as usize).min(MAX_READ);
         let mut buffer = self.buffers.take(size, |kind| self.cache.steal(kind));
         let stat = rustix::fs::statx(&handle.fd, c"", AtFlags::EMPTY_PATH, STAT | StatxFlags::DIOALIGN)?;
