@@ -59,15 +59,6 @@ impl Tree {
         false
     }
 
-    /// A handle whose opening at `version` made the kernel drop its pages is being read, so they are dropped: what the
-    /// kernel has from now on is of that version or newer.
-    pub(crate) fn note_dropped(&self, inode: &Inode, version: Version) {
-        let mut content = inode.content.lock();
-        if content.changes == 0 && content.dropping == Some(version) {
-            content.cached = content.dropping.take();
-        }
-    }
-
     /// Whether the size and times that the kernel knows of a file that is being opened are of another version.
     pub(crate) fn is_told_old(&self, inode: &Inode, now: &Version) -> bool {
         !self.trust.lifetime.is_zero() && inode.content.lock().told.as_ref() != Some(now)
@@ -89,5 +80,14 @@ impl Tree {
 pub(crate) fn note_told(inode: &Inode, stat: &Statx) {
     if inode.kind == libc::S_IFREG {
         inode.content.lock().told = Some(Version::of(stat));
+    }
+}
+
+/// A handle whose opening at `version` made the kernel drop its pages is being read, so they are dropped: what the
+/// kernel has from now on is of that version or newer.
+pub(crate) fn note_dropped(inode: &Inode, version: Version) {
+    let mut content = inode.content.lock();
+    if content.changes == 0 && content.dropping == Some(version) {
+        content.cached = content.dropping.take();
     }
 }

@@ -13,6 +13,7 @@ use tmem_wire::PAGE_BYTES;
 use super::abi::ReadIn;
 use super::buffer::PageSet;
 use super::cache::Put;
+use super::content::note_dropped;
 use super::counters::count;
 use super::device::MAX_READ;
 use super::handle::Handle;
@@ -27,7 +28,7 @@ impl Tree {
         let asked: ReadIn = call.args.take()?;
         let handle = self.handles.get(asked.fh)?;
         if let Some(version) = handle.dropped.lock().take() {
-            self.note_dropped(&handle.inode, version);
+            note_dropped(&handle.inode, version);
         }
         let size = (asked.size as usize).min(MAX_READ);
         let mut buffer = self.buffers.take(size, |kind| self.cache.steal(kind));
