@@ -80,6 +80,10 @@ def test_disks_are_in_order_and_limited_as_asked() -> None:
     tune = second.find("iotune")
     assert tune is not None
     assert {each.tag: each.text for each in tune} == {"read_iops_sec": "100", "write_bytes_sec": "1048576"}
+    both = _xml(_domain(disks=(Disk(Path("/d/r"), limits=DiskLimits(total_iops=7, total_bytes=8)),)))
+    tune = both.find("devices/disk/iotune")
+    assert tune is not None
+    assert {each.tag: each.text for each in tune} == {"total_iops_sec": "7", "total_bytes_sec": "8"}
     assert second.find("driver").get("cache") == "none"  # type: ignore[union-attr]
 
 

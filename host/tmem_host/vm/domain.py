@@ -17,12 +17,28 @@ Xml.register_namespace("tmem", _TMEM_NAMESPACE)
 
 @dataclass(frozen=True)
 class DiskLimits:
-    """What a disk may do in a second; `None` is unlimited. This is how a fast disk is made slow."""
+    """What a disk may do in a second; `None` is unlimited. This is how a fast disk is made slow.
+
+    libvirt takes either a total or one limit for each direction, not both.
+    """
 
     read_iops: int | None = None
     write_iops: int | None = None
     read_bytes: int | None = None
     write_bytes: int | None = None
+    total_iops: int | None = None
+    total_bytes: int | None = None
+
+    def iotune(self) -> dict[str, int]:
+        """The limits as libvirt names them; zero is unlimited."""
+        return {
+            "total_bytes_sec": self.total_bytes or 0,
+            "read_bytes_sec": self.read_bytes or 0,
+            "write_bytes_sec": self.write_bytes or 0,
+            "total_iops_sec": self.total_iops or 0,
+            "read_iops_sec": self.read_iops or 0,
+            "write_iops_sec": self.write_iops or 0,
+        }
 
 
 @dataclass(frozen=True)
@@ -129,12 +145,7 @@ def _add_disk(devices: Xml.Element, disk: Disk, target: str) -> None:
     _add(element, "driver", name="qemu", type=disk.format, discard="unmap", **cache)
     _add(element, "source", file=str(disk.path))
     _add(element, "target", dev=target, bus="virtio")
-    wanted = {
-        "read_iops_sec": disk.limits.read_iops,
-        "write_iops_sec": disk.limits.write_iops,
-        "read_bytes_sec": disk.limits.read_bytes,
-        "write_bytes_sec": disk.limits.write_bytes,
-    }
+    wanted = disk.limits.iotune()
     if any(wanted.values()):
         tune = _add(element, "iotune")
         for name, value in wanted.items():

@@ -107,15 +107,10 @@ class Machine:
 
     def set_disk_limits(self, limits: DiskLimits) -> None:
         """Change what its data disk, the last one, may do in a second, at once."""
-        values = {
-            "read_iops_sec": limits.read_iops or 0,
-            "write_iops_sec": limits.write_iops or 0,
-            "read_bytes_sec": limits.read_bytes or 0,
-            "write_bytes_sec": limits.write_bytes or 0,
-        }
         with libvirtd.connection() as connection:
             found = _need(connection, self.name)
-            found.setBlockIoTune(_disk_targets(found)[-1], values, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+            target = _disk_targets(found)[-1]
+            found.setBlockIoTune(target, limits.iotune(), libvirt.VIR_DOMAIN_AFFECT_LIVE)
 
     def console(self, count: int = 15) -> list[str]:
         """The last lines of its console."""
