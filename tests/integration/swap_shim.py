@@ -107,6 +107,12 @@ class Shim:
         self._process.wait(10)
 
     @property
+    def pid(self) -> int:
+        """The serving process."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def log(self) -> str:
         """What it said."""
         return self._log.read_text()

@@ -77,6 +77,8 @@ def test_settings_outlive_the_daemon(tmemd: Tmemd) -> None:
         before = admin.change_vm("a", change)
         admin.grant_shared(str(shared), "a")
         admin.set_policy(Policy(name="smart-alloc", parameters={"P": 2.0}))
+        # As the controller would; the administrator's pin holds.
+        assert admin.change_vm("a", VmChange(quota_bytes=MIB, unless_pinned=True)) == before
     tmemd.restart(kill=True)
     with tmemd.admin() as admin, tmemd.guest("a") as guest:
         after = admin.vm("a")

@@ -42,11 +42,13 @@ def decode(encoding: Encoding, payload: bytes) -> bytes | None:
 
 @dataclass
 class _Pool:
+    """A VM's membership in a pool. `pages` are those of all members, each with the number of who put it."""
+
     vm: int
     name: str
     kind: Kind
     shared: bytes | None
-    pages: dict[Address, bytes]
+    pages: dict[Address, tuple[int, bytes]]
 
 
 @dataclass
@@ -114,10 +116,16 @@ class ModelStore:
         return number
 
     def destroy_pool(self, vm: int, pool: int) -> int:
-        """Private pools only: whose page is whose in a shared pool is not modelled."""
-        pages = len(self._pool(vm, pool).pages)
+        pages = self._drop_own(vm, pool)
         del self._pools[pool]
         return pages
+
+    def _drop_own(self, vm: int, pool: int) -> int:
+        pages = self._pool(vm, pool).pages
+        own = [address for address, (owner, _) in pages.items() if owner == pool]
+        for address in own:
+            del pages[address]
+        return len(own)
 
     def _pool(self, vm: int, pool: int) -> _Pool:
         found = self._pools.get(pool)
@@ -143,7 +151,7 @@ class ModelStore:
         page = decode(encoding, payload)
         if page is None or (checksum is not None and checksum != globals()["checksum"](page)):
             return "corrupt"
-        pages[address] = page
+        pages[address] = pool, page
         return "stored"
 
     def get(
@@ -156,16 +164,24 @@ class ModelStore:
         accept_lz4: bool = False,  # noqa: ARG002
     ) -> tuple[GetStatus, Encoding, bytes, int]:
         found = self._pool(vm, pool)
-        page = found.pages.get((object, index))
-        if page is None:
+        if (object, index) not in found.pages:
             return "miss", "none", b"", 0
+        _, page = found.pages[object, index]
         if found.kind == "exclusive":
             del found.pages[object, index]
         return "hit", "raw", page, checksum(page)
 
+    def pages(self, vm: int, pool: int) -> dict[Address, bytes]:
+        """What is there."""
+        return {address: page for address, (_, page) in self._pool(vm, pool).pages.items()}
+
     def forget(self, vm: int, pool: int, address: Address) -> None:
         """Take note that the other store refused or evicted a page."""
         self._pool(vm, pool).pages.pop(address, None)
+
+    def learn(self, vm: int, pool: int, address: Address, page: bytes) -> None:
+        """Take note that the other store kept a put that nobody waited for."""
+        self._pool(vm, pool).pages[address] = pool, page
 
     def flush_page(self, vm: int, pool: int, object: bytes, index: int) -> bool:  # noqa: A002
         return self._pool(vm, pool).pages.pop((object, index), None) is not None
@@ -185,7 +201,7 @@ class ModelStore:
 
     def flush_ephemeral(self, vm: int) -> int:
         pools = [pool for pool in self._pools_of(vm) if self._pools[pool].kind != "persistent"]
-        return sum(self.flush_pool(vm, pool) for pool in pools)
+        return sum(self._drop_own(vm, pool) for pool in pools)
 
     def grant_shared(self, uuid: bytes, vm: int) -> None:
         self._grants.add((uuid, vm))

@@ -93,8 +93,11 @@ class Tmemd:
 
     def change_vm(self, name: str, change: VmChange) -> Vm:
         self._check(name)
+        if change.unless_pinned and self.registered[name].pinned:
+            return self.registered[name]
         self.changes.append((name, change.quota_bytes))
         values = {key: value for key, value in msgspec.structs.asdict(change).items() if value is not None}
+        del values["unless_pinned"]
         self.registered[name] = msgspec.structs.replace(self.registered[name], **values)
         return self.registered[name]
 

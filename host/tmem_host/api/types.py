@@ -55,6 +55,9 @@ class VmChange(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
     weight: int | None = None
     frozen: bool | None = None
     pinned: bool | None = None
+    unless_pinned: bool = False
+    """Leave a pinned VM as it is (the answer says `pinned`): how the controller never undoes an
+    administrator's quota, whenever it was set."""
 
 
 class GuestReport(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

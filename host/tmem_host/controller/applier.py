@@ -16,10 +16,6 @@ _log = logging.getLogger(__name__)
 class Changes(Protocol):
     """The part of the admin API's client that applying a decision needs."""
 
-    def vm(self, name: str) -> Vm:
-        """The VM as it is now."""
-        ...
-
     def change_vm(self, name: str, change: VmChange) -> Vm:
         """Change its limits."""
         ...
@@ -38,10 +34,9 @@ def apply(client: Changes, snapshot: Snapshot, decision: Decision) -> int:
     applied = 0
     for target in changed:
         try:
-            # An administrator may have pinned it since the snapshot; the quota is theirs then.
-            if client.vm(target.vm).pinned:
-                continue
-            client.change_vm(target.vm, VmChange(quota_bytes=target.quota_bytes))
+            change = VmChange(quota_bytes=target.quota_bytes, unless_pinned=True)
+            if client.change_vm(target.vm, change).pinned:
+                continue  # by an administrator, since the snapshot
         except OperatorError as error:
             if error.code in (ExitCode.UNAVAILABLE, ExitCode.TIMEOUT, ExitCode.PRIVILEGE):
                 raise

@@ -227,6 +227,8 @@ class Lender:
         """Change limits; all of the change is done, or nothing."""
         async with self._lock:
             entry = self._entry(name)
+            if change.unless_pinned and entry.pinned:
+                return self.vm(name)
             quota = entry.quota_bytes if change.quota_bytes is None else change.quota_bytes
             minimum = entry.min_bytes if change.min_bytes is None else change.min_bytes
             weight = entry.weight if change.weight is None else change.weight
