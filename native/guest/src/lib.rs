@@ -6,10 +6,12 @@
 //! | [`fs`] | `tmem-guest fs`: the FUSE pass-through whose page cache misses are answered from tmem |
 //! | [`swap`] | `tmem-guest swap`: the block device the kernel swaps to |
 //! | [`ping`] | `tmem-guest ping`: is the host there, what does it allow, how far is it |
+//! | [`page`] | one page into and out of a frame |
 //! | [`log`] | one line to stderr for each event, without ever waiting for its reader |
 
 pub mod fs;
 pub mod link;
 pub mod log;
+pub mod page;
 pub mod ping;
 pub mod swap;

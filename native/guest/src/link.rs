@@ -251,10 +251,12 @@ impl Link {
         (self.reader, self.writer)
     }
 
-    /// The bare socket, for an event loop of one's own. Bytes the host sent already would be lost, so nothing may
-    /// be in flight.
-    pub fn into_socket(self) -> OwnedFd {
-        self.reader.socket.into()
+    /// The bare socket without timeouts, for an event loop of one's own. Bytes the host sent already would be lost,
+    /// so nothing may be in flight.
+    pub fn into_socket(mut self) -> Result<OwnedFd, LinkError> {
+        // An event loop that ever falls back to a blocking call would take a timeout for a broken connection.
+        self.set_timeout(Duration::ZERO)?;
+        Ok(self.reader.socket.into())
     }
 }
 

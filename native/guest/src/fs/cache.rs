@@ -17,7 +17,7 @@ use super::buffer::{Buffer, PageSet};
 use super::counters::{count, Counters};
 use super::presence::Presence;
 use crate::link::{check, Backoff, Endpoint, Link, LinkError, LinkReader, LinkWriter};
-use crate::swap::page::decode;
+use crate::page::decode;
 
 /// Pages asked for in one frame; a large window takes several frames in one go. Bounds a connection's buffer.
 const GET_BATCH: usize = 32;
@@ -28,6 +28,10 @@ pub(crate) const KEEP_ALIVE: Duration = Duration::from_secs(2);
 const GATHER: Duration = Duration::from_millis(3);
 /// Pages in one PUT frame.
 pub(crate) const PUT_BATCH: usize = 32;
+/// How long the host may leave a get unanswered that its reader has given up, before the connection counts as broken.
+const LATE: Duration = Duration::from_secs(5);
+/// How often, and how long at a time, such an answer is waited for.
+const COLLECT: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(1));
 /// Flushes that may wait. More are dropped: they only save memory at the host.
 const FLUSHES: usize = 1024;
 
@@ -69,6 +73,32 @@ struct Getter {
     frame: Vec<u8>,
     proven: bool,
     used: Instant,
+    /// Answers on their way that nobody waits for any more. Until they are here, readers do without this connection.
+    owed: usize,
+}
+
+impl Getter {
+    /// Receive answers that nobody waits for. Those still missing after `wait` are no failure: the host is slow.
+    fn collect(&mut self, wait: Duration) -> Result<(), LinkError> {
+        self.reader.set_timeout(wait)?;
+        while self.owed > 0 {
+            match self.reader.recv("answers given up") {
+                Ok((header, _)) => self.owed -= usize::from(header.is_answer()),
+                Err(LinkError::Timeout { .. }) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// One empty round trip, whose answer may be late.
+    fn ping(&mut self, wait: Duration) -> Result<(), LinkError> {
+        self.frame.clear();
+        Header::request(Op::Ping, 0).write_frame(&[], &mut self.frame);
+        self.writer.send(&self.frame)?;
+        self.owed = 1;
+        self.collect(wait)
+    }
 }
 
 /// One empty round trip over a connection with nothing else in flight.
@@ -88,6 +118,13 @@ struct Slot {
     getter: Option<Getter>,
     backoff: Backoff,
     again: Instant,
+}
+
+impl Slot {
+    /// Whether a reader can use the connection now.
+    fn is_ready(&self) -> bool {
+        self.getter.as_ref().is_some_and(|getter| getter.owed == 0)
+    }
 }
 
 /// Pages waiting to be put: those of `buffer` that are not in `had`.
@@ -202,7 +239,7 @@ impl Cache {
             return had;
         }
         let Some(mut slot) = self.slot() else { return had };
-        let Some(mut getter) = slot.getter.take() else { return had };
+        let Some(mut getter) = slot.getter.take_if(|getter| getter.owed == 0) else { return had };
         let done = self.get_over(&mut getter, keys, |key, page| {
             let at = (key.index - first) as usize;
             let stored = decode(page, &mut to[at * PAGE_BYTES..][..PAGE_BYTES]).is_some();
@@ -212,13 +249,21 @@ impl Cache {
             stored
         });
         match done {
-            Ok(()) => {
+            Ok(missing) => {
                 getter.used = Instant::now();
-                if !getter.proven {
+                getter.owed = missing;
+                if missing > 0 {
+                    // A slow host is no reason to connect anew: the answers are thrown away when they come.
+                    count(&self.counters.link_failures, 1);
+                } else if !getter.proven {
                     getter.proven = true;
                     slot.backoff.reset();
                 }
                 slot.getter = Some(getter);
+                drop(slot);
+                if missing > 0 {
+                    self.wake.notify_one();
+                }
             }
             Err(error) => {
                 log::debug!("a get failed, reading from the lower directory instead: {error}");
@@ -232,12 +277,13 @@ impl Cache {
         had
     }
 
+    /// Ask and wait, as long as a reader waits; the number of answers that have not come by then.
     fn get_over(
         &self,
         getter: &mut Getter,
         keys: &[Key],
         mut page: impl FnMut(&Key, &tmem_wire::pages::GotPage<'_>) -> bool,
-    ) -> Result<(), LinkError> {
+    ) -> Result<usize, LinkError> {
         let compress = self.host.as_ref().is_some_and(|host| host.compress);
         getter.frame.clear();
         let first = getter.tag;
@@ -246,10 +292,14 @@ impl Cache {
             getter.tag = getter.tag.wrapping_add(1);
         }
         getter.writer.send(&getter.frame)?;
-        for _ in keys.chunks(GET_BATCH) {
+        for missing in (1..=keys.chunks(GET_BATCH).len()).rev() {
             // Answers come in any order, and a notice may come in between.
             loop {
-                let (header, body) = getter.reader.recv("the answer to a get")?;
+                let (header, body) = match getter.reader.recv("the answer to a get") {
+                    Ok(answer) => answer,
+                    Err(LinkError::Timeout { .. }) => return Ok(missing),
+                    Err(error) => return Err(error),
+                };
                 if !header.is_answer() {
                     continue;
                 }
@@ -269,7 +319,7 @@ impl Cache {
                 break;
             }
         }
-        Ok(())
+        Ok(0)
     }
 
     /// Whether pages may be handed to [`Cache::put`] at all.
@@ -377,11 +427,20 @@ impl Cache {
             {
                 let Some(mut slot) = slot.try_lock() else { continue };
                 if let Some(getter) = &mut slot.getter {
-                    if getter.used + KEEP_ALIVE > now {
+                    let tried = if getter.owed > 0 {
+                        getter.collect(COLLECT.1)
+                    } else if getter.used + KEEP_ALIVE <= now {
+                        getter.used = now;
+                        getter.ping(host.get_timeout)
+                    } else {
+                        continue;
+                    };
+                    let tried = tried.and_then(|()| getter.reader.set_timeout(host.get_timeout));
+                    if tried.is_ok() && getter.owed == 0 {
                         continue;
                     }
-                    getter.used = now;
-                    if ping(&mut getter.reader, &mut getter.writer).is_ok() {
+                    if tried.is_ok() && getter.used + LATE > now {
+                        due = Some(now + COLLECT.0);
                         continue;
                     }
                     slot.getter = None;
@@ -408,6 +467,7 @@ impl Cache {
                         frame: Vec::new(),
                         proven: false,
                         used: Instant::now(),
+                        owed: 0,
                     });
                 }
                 Err(error) => {
@@ -427,7 +487,7 @@ impl Cache {
         }
         let first = self.next.fetch_add(1, Ordering::Relaxed) as usize;
         (0..count)
-            .find_map(|n| self.slots[(first + n) % count].try_lock())
+            .find_map(|n| self.slots[(first + n) % count].try_lock().filter(|slot| slot.is_ready()))
             .or_else(|| Some(self.slots[first % count].lock()))
     }
 }

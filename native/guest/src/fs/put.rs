@@ -11,7 +11,7 @@ use tmem_wire::{Key, ObjectId, Op, PutStatus, PAGE_BYTES};
 use super::cache::{ping, Cache, Host, Put, Work, KEEP_ALIVE, PUT_BATCH};
 use super::counters::count;
 use crate::link::{check, Backoff, LinkError, LinkReader, LinkWriter};
-use crate::swap::page::{checksum, Encoder};
+use crate::page::{checksum, Encoder};
 
 /// Frames that may be unanswered, if the host allows as many.
 const WINDOW: usize = 4;

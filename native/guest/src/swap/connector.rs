@@ -104,7 +104,7 @@ impl Connector {
             .map_err(|why| LinkError::Io { awaited: "limits that suffice", source: io::Error::other(why) })?;
         let keep_alive = Duration::from_millis(link.limits().keep_alive_ms.into());
         Ok(Connection {
-            socket: link.into_socket(),
+            socket: link.into_socket()?,
             session,
             write_bytes: self.endpoint.write_bytes,
             keep_alive,

@@ -8,7 +8,6 @@
 //! | [`table`] | where every page is, four bytes each |
 //! | [`shared`] | the memory that holds table and counters and outlives the serving process |
 //! | [`core`] | the state machine of a lane: what to do with a request, an answer, a lost connection |
-//! | [`page`] | one page into and out of a frame |
 //! | `lane` | a lane's thread: its io_uring, its connection, its front end |
 //! | `ring`, `host`, `front` | what a lane is made of: ring and buffers, the host's end, ublk or NBD |
 //! | `connector` | connects lanes, again and again |
@@ -27,7 +26,6 @@ mod front;
 mod host;
 mod keeper;
 mod lane;
-pub mod page;
 pub mod protect;
 mod ring;
 mod service;

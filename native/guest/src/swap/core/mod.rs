@@ -30,8 +30,8 @@ use std::time::{Duration, Instant};
 use tmem_wire::pages::{GET_ENTRY_BYTES, KEY_BYTES, PUT_ENTRY_BYTES};
 use tmem_wire::{Features, Header, HelloAnswer, Key, Op, WireError, HEADER_BYTES, MAX_BATCH, PAGE_BYTES};
 
-use super::page::Encoder;
 use super::shared::Shared;
+use crate::page::Encoder;
 use slot::{Job, Slot};
 use tidy::Tidy;
 

@@ -7,7 +7,7 @@ use tmem_wire::{Features, GetStatus, Header, Op, PutStatus, PAGE_BYTES};
 
 use super::slot::{ones, Bits, Job};
 use super::{got_bytes, keys_bytes, put_bytes, AnswerError, Core, Direction, Io, ABANDONED, EPOCH_PERIOD};
-use crate::swap::page::{checksum, decode};
+use crate::page::{checksum, decode};
 use crate::swap::table::{Place, YOUNG};
 
 fn page(i: usize) -> std::ops::Range<usize> {

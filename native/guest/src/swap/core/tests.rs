@@ -10,7 +10,7 @@ use tmem_wire::pages::{decode_keys, decode_objects, decode_put, write_statuses, 
 use tmem_wire::{Encoding, GetStatus, PutStatus};
 
 use super::*;
-use crate::swap::page::checksum;
+use crate::page::checksum;
 use crate::swap::table::Place;
 
 const PAGES: u32 = 96;
@@ -53,7 +53,7 @@ impl Store {
                         payload: put.payload,
                         checksum: put.checksum,
                     };
-                    assert!(crate::swap::page::decode(&got, &mut page).is_some());
+                    assert!(crate::page::decode(&got, &mut page).is_some());
                     self.0.insert(put.key, page);
                     statuses.push(PutStatus::Stored as u8);
                 }
