@@ -35,7 +35,7 @@ from tmem_host.vm.ssh import GuestShell
 CLOUD_IOPS = 3000
 CLOUD_BYTES_PER_S = 125_000_000
 ROUNDS = 5
-_KERNELS = ("sort", "mix", "chase")
+_PROGRAMS = ("sort", "compress", "interpret", "pipe")
 _DIRECTORY = Path(__file__).parent / "guest"
 _PLACE = "/run/tmem-bench"
 _RUN_S = 120.0
@@ -102,9 +102,9 @@ class DiskModel:
 def measure(guest: Machine, shell: GuestShell, rounds: int = ROUNDS) -> DiskModel:
     """Measure the factor, in about 10 s. The machine should be quiet."""
     if guest.state.virt == "kvm":
-        return DiskModel(1.0, dict.fromkeys(_KERNELS, 1.0), 0)
+        return DiskModel(1.0, dict.fromkeys(_PROGRAMS, 1.0), 0)
     there = install(shell, "cpu")
-    quotients: dict[str, list[float]] = {name: [] for name in _KERNELS}
+    quotients: dict[str, list[float]] = {name: [] for name in _PROGRAMS}
     with tempfile.TemporaryDirectory() as scratch:
         here = Path(scratch, "cpu")
         here.write_bytes(guest_program("cpu"))
@@ -112,7 +112,7 @@ def measure(guest: Machine, shell: GuestShell, rounds: int = ROUNDS) -> DiskMode
         for _ in range(rounds):
             native = json.loads(subprocess.check_output([here], timeout=_RUN_S))
             emulated = json.loads(shell.check(there, deadline_s=_RUN_S))
-            for name in _KERNELS:
+            for name in _PROGRAMS:
                 quotients[name].append(emulated[name] / native[name])
     parts = {name: statistics.median(values) for name, values in quotients.items()}
     slowdown = math.prod(parts.values()) ** (1 / len(parts))
