@@ -28,7 +28,7 @@ def _domain(name: TransportName = "vhost-device-vsock", **changes: object) -> Do
         "kernel": Path("/i/vmlinuz"),
         "initrd": Path("/v/initrd"),
         "cmdline": "quiet x=<&>",
-        "disks": (Disk(Path("/d/root.qcow2")), Disk(Path("/d/data.qcow2"), direct=True)),
+        "disks": (Disk(Path("/d/root.qcow2")), Disk(Path("/d/data.qcow2"), cache="none")),
         "transport": Transport(name, "a", 123, Path("/v")),
         "console": Path("/v/console.log"),
         "registered": True,
@@ -73,7 +73,7 @@ def test_accelerator_and_cpu_go_together() -> None:
 
 def test_disks_are_in_order_and_limited_as_asked() -> None:
     limits = DiskLimits(read_iops=100, write_bytes=1 << 20)
-    root = _xml(_domain(disks=(Disk(Path("/d/r")), Disk(Path("/d/x"), direct=True, limits=limits))))
+    root = _xml(_domain(disks=(Disk(Path("/d/r")), Disk(Path("/d/x"), cache="none", limits=limits))))
     first, second = root.findall("devices/disk")
     assert [disk.find("target").get("dev") for disk in (first, second)] == ["vda", "vdb"]  # type: ignore[union-attr]
     assert first.find("iotune") is None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tmem_host.errors import ExitCode, OperatorError
 from tmem_host.vm import images
-from tmem_host.vm.domain import Disk, DiskLimits
+from tmem_host.vm.domain import Disk, DiskCache, DiskLimits
 from tmem_host.vm.images import Image
 
 
@@ -18,16 +18,20 @@ def directory(name: str) -> Path:
     return images.cache_directory() / "vm" / name
 
 
-def make(name: str, image: Image, limits: DiskLimits) -> tuple[Disk, ...]:
-    """Make the disks of a VM: its root disk if the image has one, and its data disk, the last. NO_SPACE."""
+def make(name: str, image: Image, limits: DiskLimits, cache: DiskCache | None = None) -> tuple[Disk, ...]:
+    """Make the disks of a VM: its root disk if the image has one, and its data disk, the last. NO_SPACE.
+
+    `cache` is for all of them; by default only the data disk goes past the host's page cache.
+    """
     place = directory(name)
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     disks = []
     if image.root is not None:
-        disks.append(Disk(_overlay(image.root, place / "root.qcow2")))
+        disks.append(Disk(_overlay(image.root, place / "root.qcow2"), cache=cache or "unsafe"))
     overlay = _overlay(image.data, place / "data.qcow2")
-    return (*disks, Disk(overlay, direct=_supports_direct(place), limits=limits))
+    usual: DiskCache = "none" if _supports_direct(place) else "unsafe"
+    return (*disks, Disk(overlay, cache=cache or usual, limits=limits))
 
 
 def remove(name: str) -> None:

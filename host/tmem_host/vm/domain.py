@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 from xml.etree import ElementTree as Xml
 
 from tmem_host.vm.kvm import Virt
@@ -41,14 +42,18 @@ class DiskLimits:
         }
 
 
+DiskCache = Literal["unsafe", "none", "writeback"]
+"""What the host's page cache does for a disk, in QEMU's words: `unsafe` is a cache that ignores flushes, for disks
+that do not outlive their VM; `none` is no cache, so that the disk costs what a disk costs."""
+
+
 @dataclass(frozen=True)
 class Disk:
     """A virtio-blk disk, in the order in which the guest sees them: vda, vdb, …"""
 
     path: Path
     format: str = "qcow2"
-    direct: bool = False
-    """Past the host's page cache (`cache='none'`), as a disk is that should cost what a disk costs."""
+    cache: DiskCache = "unsafe"
     limits: DiskLimits = DiskLimits()
 
 
@@ -141,7 +146,7 @@ def _add_cpu(root: Xml.Element, virt: Virt) -> None:
 
 def _add_disk(devices: Xml.Element, disk: Disk, target: str) -> None:
     element = _add(devices, "disk", type="file", device="disk")
-    cache = {"cache": "none", "io": "native"} if disk.direct else {"cache": "unsafe"}
+    cache = {"cache": disk.cache} | ({"io": "native"} if disk.cache == "none" else {})
     _add(element, "driver", name="qemu", type=disk.format, discard="unmap", **cache)
     _add(element, "source", file=str(disk.path))
     _add(element, "target", dev=target, bus="virtio")

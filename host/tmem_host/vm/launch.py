@@ -40,7 +40,7 @@ def launch(
     link = state.transport(recorded)
     directory = state.directory(request.name)
     public_key = ssh.make_key(directory / KEY_FILE)
-    made = disks.make(request.name, image, request.data_limits)
+    made = disks.make(request.name, image, request.data_limits, request.disk_cache)
     initrd = _make_initrd(request, image, directory)
     if request.register is not None:
         _register(request.register, link)

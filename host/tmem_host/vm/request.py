@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from tmem_host.api.client import ADMIN_SOCKET
-from tmem_host.vm.domain import DiskLimits
+from tmem_host.vm.domain import DiskCache, DiskLimits
 from tmem_host.vm.transport import TransportChoice
 
 WaitFor = Literal["nothing", "ready", "agent"]
@@ -46,6 +46,8 @@ class VmRequest:
     deadline_s: float = 180.0
     """For all of `up`, building the image aside."""
     data_limits: DiskLimits = _UNLIMITED
+    disk_cache: DiskCache | None = None
+    """What the host's page cache does for all disks; `None`: nothing for the data disk, all for the others."""
     cmdline: str = ""
     """More words for the kernel's command line."""
     files: Mapping[str, bytes] = field(default_factory=dict)
