@@ -62,6 +62,9 @@ def test_quota_get_as_text_and_json(tmemd: Tmemd, capsys: pytest.CaptureFixture[
         ("policy set smart-alloc percent=1000", ExitCode.USAGE, "from 0.1 to 100"),
         ("policy set smart-alloc percent", ExitCode.USAGE, "not of the form NAME=VALUE"),
         ("policy set smart-alloc percent=x", ExitCode.USAGE, "'x' is not a number"),
+        ("vm register c --cid 2", ExitCode.CONFLICT, "VM 'c': CID 2 is the host's"),
+        ("vm register c --quota much", ExitCode.USAGE, "'much' is not a size"),
+        ("vm unregister nope", ExitCode.NOT_FOUND, "VM 'nope'"),
         ("freeze nope", ExitCode.NOT_FOUND, "VM 'nope'"),
         ("reclaim a much", ExitCode.USAGE, "'much' is not a size"),
         ("nonsense", ExitCode.USAGE, "No such command 'nonsense'"),
@@ -120,6 +123,14 @@ def test_stats_and_pools(tmemd: Tmemd, capsys: pytest.CaptureFixture[str]) -> No
     assert "41" in out
     assert run(["pool", "list", "b"]) == 0
     assert capsys.readouterr().out == "no pools\n"
+
+
+def test_register_and_unregister(tmemd: Tmemd, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["vm", "register", "c", "--cid", "7", "--quota", "8M", "--weight", "3"]) == 0
+    assert "c: registered, quota 8 MiB" in capsys.readouterr().out
+    assert tmemd.registered["c"].weight == 3
+    assert run(["vm", "unregister", "c"]) == 0
+    assert "c" not in tmemd.registered
 
 
 def test_freeze_thaw_reclaim(tmemd: Tmemd) -> None:

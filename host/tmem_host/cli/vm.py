@@ -1,4 +1,4 @@
-"""`tmemctl vm up|down|list|ssh|console`."""
+"""`tmemctl vm up|down|list|ssh|console`; `register` and `unregister` are in `registration`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 from tmem_host.cli.context import Context
 from tmem_host.cli.options import SIZE, deadline_option, json_option
 from tmem_host.cli.output import print_json, print_table
+from tmem_host.cli.registration import register, unregister
 from tmem_host.errors import ExitCode, OperatorError
 from tmem_host.units import format_size
 
@@ -24,7 +25,11 @@ _LEAST_MEMORY_BYTES = 64 << 20
 
 @click.group()
 def vm() -> None:
-    """Start, stop and enter test VMs."""
+    """Start, stop and enter test VMs; register others."""
+
+
+vm.add_command(register)
+vm.add_command(unregister)
 
 
 @vm.command("up")

@@ -32,7 +32,8 @@ T = TypeVar("T")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@:-]{0,62}")
 _UUID = re.compile(r"[0-9a-f]{32}")
 _WEIGHTS = range(1, 10_001)
-_CIDS = range(3, 2**32 - 1)
+_LOCAL_CID = 1  # this machine itself, through vsock_loopback
+_GUEST_CIDS = range(3, 2**32 - 1)
 _CODES = {
     "not_found": ExitCode.NOT_FOUND,
     "conflict": ExitCode.CONFLICT,
@@ -371,11 +372,11 @@ class Lender:
                 raise OperatorError(
                     f"socket path {path_text!r} is not absolute", vm=name, code=ExitCode.USAGE
                 )
-        for cid in (spec.cid, spec.guest_cid):
-            if cid is not None and cid not in _CIDS:
+        for cid in (None if spec.cid == _LOCAL_CID else spec.cid, spec.guest_cid):
+            if cid is not None and cid not in _GUEST_CIDS:
                 raise OperatorError(
                     f"CID {cid} is reserved or out of range",
-                    hint=f"guests have CIDs from {_CIDS.start} to {_CIDS.stop - 1}",
+                    hint=f"guests have CIDs from {_GUEST_CIDS.start} to {_GUEST_CIDS.stop - 1}",
                     vm=name,
                     code=ExitCode.USAGE,
                 )
