@@ -1,0 +1,178 @@
+"""The part of the swap benchmark that runs inside a VM.
+
+One Debian guest; a program larger than its memory (`guest/swapper.c`) is swapped to one device after the
+other, in every round to each: tmem over ublk and over NBD, a swap file on the data disk as it is and as the
+cloud disk of `disk_model`, zram. The devices of tmem are set up by `tmem-agent`, as an operator would. Then
+fio on each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import disk_model
+from tmem_host.vm import images, libvirtd, machine
+from tmem_host.vm.machine import Machine
+from tmem_host.vm.request import Registration, VmRequest
+from tmem_host.vm.ssh import GuestShell
+
+_MIB = 1 << 20
+MEMORY_MIB = 256
+PROGRAM_MIB = 256
+DEVICE_MIB = (
+    640  # more than twice the program: the kernel then keeps what it brought in on the device as well
+)
+DEVICES = ("ublk", "nbd", "clouddisk", "swapfile", "zram")
+_COMMAND_S = 400.0
+_FIO_S = 3
+_FIO_MIB = 64
+# Name, fio's pattern, requests at a time.
+FIO_JOBS = (("randread", "randread", 1), ("randread16", "randread", 16), ("randwrite16", "randwrite", 16))
+_TMEM_FILE = "/data/swap.tmem"
+_PLAIN_FILE = "/data/swap.plain"
+
+Figures = dict[str, float]
+Samples = dict[tuple[str, str], list[Figures]]
+"""Figures by device and way; a way of the program has the page-cluster behind it, like `rand_in/3`."""
+
+
+class Guest:
+    """The VM, and swap in it."""
+
+    def __init__(self, up: Machine, shell: GuestShell) -> None:
+        self.up = up
+        self.shell = shell
+        self.model = disk_model.measure(up, shell)
+        self._swapper = disk_model.install(shell, "swapper")
+
+    def run(self, line: str) -> str:
+        """A shell line that must succeed."""
+        return self.shell.check(line, deadline_s=_COMMAND_S)
+
+    def prepare(self) -> None:
+        """Make the plain swap file and the zram device."""
+        self.run(f"dd if=/dev/zero of={_PLAIN_FILE} bs=1M count={DEVICE_MIB} oflag=direct status=none")
+        self.run(f"chmod 600 {_PLAIN_FILE} && mkswap {_PLAIN_FILE} && modprobe zram")
+        self.run(
+            f"echo lz4 > /sys/block/zram0/comp_algorithm; echo {DEVICE_MIB}M > /sys/block/zram0/disksize"
+        )
+
+    @contextmanager
+    def swap(self, device: str) -> Iterator[str]:
+        """Turn swap on on a device; yields its path."""
+        with ExitStack() as stack:
+            if device in ("ublk", "nbd"):
+                options = f"--size {DEVICE_MIB}M --file {_TMEM_FILE} --device {device}"
+                self.run(f"tmem-agent swap on {options}")
+                stack.callback(self.run, "tmem-agent swap off --keep-file")
+                path = str(json.loads(self.run("tmem-agent status --json"))["swap"]["device"])
+            else:
+                path = "/dev/zram0" if device == "zram" else _PLAIN_FILE
+                if device == "clouddisk":
+                    stack.enter_context(self.model.on(self.up))
+                self.run(f"mkswap {path} && swapon --priority 100 {path}")
+                stack.callback(self.run, f"swapoff {path}")
+            yield path
+
+    def visit(self, seconds: float) -> list[dict[str, float | str]]:
+        """Run the program; one report for each way."""
+        output = self.run(f"{self._swapper} {PROGRAM_MIB} {seconds:g}")
+        return [json.loads(line) for line in output.splitlines()]
+
+    def shim(self) -> dict[str, float]:
+        """What the swap shim says of itself."""
+        counters = json.loads(self.run("tmem-agent status --json"))["swap"]["counters"]
+        return {name: value for name, value in counters.items() if isinstance(value, int)}
+
+    def fio(self, path: str, pattern: str, depth: int) -> Figures:
+        """One fio job on a device (or file), past the page cache."""
+        job = [
+            f"fio --name=job --filename={path} --rw={pattern} --bs=4k --iodepth={depth} --ioengine=libaio",
+            f"--direct=1 --size={_FIO_MIB}M --time_based --runtime={_FIO_S} --output-format=json",
+            "--refill_buffers --buffer_compress_percentage=50 --randrepeat=1 --norandommap",
+        ]
+        report = json.loads(self.run(" ".join(job)))["jobs"][0]
+        side = report["read" if "read" in pattern else "write"]
+        percentiles = side["clat_ns"]["percentile"]
+        return {
+            "iops": side["iops"],
+            "p50_us": percentiles["50.000000"] / 1000,
+            "p99_us": percentiles["99.000000"] / 1000,
+            "cpu": (report["usr_cpu"] + report["sys_cpu"]) / 100,
+        }
+
+
+@contextmanager
+def booted() -> Iterator[Guest]:
+    """The guest, with a tmemd of its own."""
+    from framework.daemon import Tmemd  # noqa: PLC0415  # the path is set by the program
+
+    with tempfile.TemporaryDirectory(prefix="sb-", dir="/dev/shm") as place, ExitStack() as stack:
+        directory = Path(place)
+        os.environ["TMEM_VM_DIRECTORY"] = str(directory / "vm")
+        images.build("debian", progress=print)
+        tmemd = stack.enter_context(Tmemd(directory, capacity="1G"))
+        stack.enter_context(libvirtd.running())
+        register = Registration(tmemd.admin_socket, quota_bytes=800 * _MIB, persistent_max_bytes=4096 * _MIB)
+        request = VmRequest(
+            name="bench-swap", memory_bytes=MEMORY_MIB * _MIB, register=register, wait="agent"
+        )
+        up = stack.enter_context(machine.up(request, print))
+        yield Guest(up, stack.enter_context(up.ssh()))
+
+
+def one_round(guest: Guest, samples: Samples, seconds: float, number: int) -> None:
+    """Swap to each device once; another one begins each round."""
+    turn = number % len(DEVICES)
+    for device in (*DEVICES[turn:], *DEVICES[:turn]):
+        with guest.swap(device):
+            for figures in guest.visit(seconds):
+                name, cluster = figures.pop("way"), figures.pop("cluster")
+                way = str(name) if cluster == -1 else f"{name}/{cluster}"
+                samples.setdefault((device, way), []).append({k: float(v) for k, v in figures.items()})
+                print(
+                    f"  {device:10} {way:14} {figures['pages_per_s']:9.0f} pages/s"
+                    f"  p50 {figures.get('p50_us', 0):7.0f} µs  p99 {figures.get('p99_us', 0):8.0f} µs"
+                    f"  guest CPU {figures['cpu']:5.0%}",
+                    flush=True,
+                )
+            if device in ("ublk", "nbd"):
+                shim = guest.shim()
+                kept = ("rss_bytes", "puts", "refused", "hedged", "reads_host", "reads_file", "writes_file")
+                samples.setdefault((device, "shim"), []).append({name: shim[name] for name in kept})
+
+
+def fio_round(guest: Guest, samples: Samples) -> None:
+    """Fio on each device, which is no swap meanwhile."""
+    for device in DEVICES:
+        with guest.swap(device) as path:
+            guest.run(f"swapoff {path}")
+            fill = "--rw=write --bs=64k --direct=1 --refill_buffers --buffer_compress_percentage=50"
+            guest.run(f"fio --name=fill --filename={path} {fill} --size={_FIO_MIB}M --output-format=terse")
+            for name, pattern, depth in FIO_JOBS:
+                figures = guest.fio(path, pattern, depth)
+                samples.setdefault((device, name), []).append(figures)
+                rate = f"{figures['iops']:8.0f} IOPS  p50 {figures['p50_us']:6.0f} µs"
+                print(f"  {device:10} fio {name:12} {rate}", flush=True)
+            guest.run(f"mkswap {path} && swapon {path}")
+
+
+def measure(rounds: int, seconds: float) -> tuple[Samples, disk_model.DiskModel]:
+    """Boot, and do everything `rounds` times; fio once. The time of each way is at most `seconds`."""
+    samples: Samples = {}
+    with booted() as guest:
+        print(guest.model, flush=True)
+        started = time.monotonic()
+        guest.prepare()
+        print(f"prepared in {time.monotonic() - started:.0f} s", flush=True)
+        for number in range(rounds):
+            one_round(guest, samples, seconds, number)
+            print(f"round {number + 1} done, {time.monotonic() - started:.0f} s", flush=True)
+        fio_round(guest, samples)
+        return samples, guest.model
