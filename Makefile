@@ -15,7 +15,8 @@ help:
 	@echo 'make test         every test but the long ones'
 	@echo 'make test-long    the tests that run for many minutes'
 	@echo 'make check        formatters, linters, type checkers'
-	@echo 'make bench-NAME   a benchmark: store, transport, fairness, fs'
+	@echo 'make fuzz         every fuzz target for SECONDS=60 each; `make fuzz/store/arena` runs one'
+	@echo 'make bench-NAME   a benchmark: store, transport, fairness, fs, swap'
 	@echo 'make setup        install what is missing (the others imply it)'
 	@echo 'make clean        remove build products; VM images are kept, `make distclean` removes them too'
 
@@ -35,6 +36,10 @@ $(STAMPS)/venv: pyproject.toml $(RUST_SOURCES) $(STAMPS)/rust
 	@host/setup.sh venv
 	@touch $@
 
+$(STAMPS)/conformance: $(STAMPS)/rust
+	@host/setup.sh conformance
+	@touch $@
+
 $(STAMPS)/deny: $(STAMPS)/rust
 	@host/setup.sh deny
 	@touch $@
@@ -52,7 +57,7 @@ test-rust: setup
 test-python: setup
 	$(PYTEST) tests -m 'not long'
 
-test-long: setup
+test-long: setup $(STAMPS)/conformance
 	cargo test --release --workspace --exclude tmem-py -- --ignored
 	$(PYTEST) tests -m long --timeout 7200
 
@@ -67,6 +72,23 @@ check: setup $(STAMPS)/deny
 	shellcheck host/setup.sh .ci/run $(shell git ls-files '*.sh')
 	$(BIN)/ansible-lint -q --offline ansible
 	cargo deny -L error check bans licenses sources
+
+# Every crate with a fuzz/ directory, by its name below native/, and what stands in its fuzz_targets/.
+FUZZ_TARGETS := $(patsubst native/%.rs,fuzz/%,$(subst /fuzz/fuzz_targets,,$(wildcard native/*/fuzz/fuzz_targets/*.rs)))
+SECONDS ?= 60
+
+$(STAMPS)/fuzz: $(STAMPS)/rust
+	@host/setup.sh fuzz
+	@touch $@
+
+.PHONY: fuzz $(FUZZ_TARGETS)
+fuzz: $(FUZZ_TARGETS)
+
+# What libFuzzer finds goes to fuzz/corpus, which is not kept; seeds/ is, and is run by the crate's tests.
+$(FUZZ_TARGETS): fuzz/%: $(STAMPS)/fuzz
+	@mkdir -p native/$(*D)/fuzz/corpus/$(*F) native/$(*D)/fuzz/seeds/$(*F)
+	cargo +nightly fuzz run --fuzz-dir native/$(*D)/fuzz --target-dir target/fuzz $(*F) \
+		native/$(*D)/fuzz/corpus/$(*F) native/$(*D)/fuzz/seeds/$(*F) -- -max_total_time=$(SECONDS) -print_final_stats=1
 
 bench-%: setup
 	@host/setup.sh packages bench

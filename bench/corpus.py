@@ -8,6 +8,7 @@ import re
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 PAGE_BYTES = 4096
 _LARGEST_BYTES = 64 << 20
@@ -42,9 +43,16 @@ def _heap_pages() -> list[bytes]:
             ]
         )
     )
+    pages = anonymous_pages("self")
+    assert held
+    return pages
+
+
+def anonymous_pages(process: int | Literal["self"]) -> list[bytes]:
+    """Pages of a process that are in no file: what a kernel short of memory swaps out."""
     pages: list[bytes] = []
-    with Path("/proc/self/mem").open("rb", 0) as memory:
-        for line in Path("/proc/self/maps").read_text().splitlines():
+    with Path(f"/proc/{process}/mem").open("rb", 0) as memory:
+        for line in Path(f"/proc/{process}/maps").read_text().splitlines():
             match = re.match(r"([0-9a-f]+)-([0-9a-f]+) rw-p \S+ \S+ 0\s*(\[heap\])?$", line)
             if match is None:
                 continue
@@ -52,7 +60,6 @@ def _heap_pages() -> list[bytes]:
             if end - start <= _LARGEST_BYTES:
                 memory.seek(start)
                 pages += _split(memory.read(end - start))
-    assert held
     return pages
 
 

@@ -6,6 +6,8 @@
 #   host/setup.sh rust               a Rust toolchain: from PATH, from Debian, or from rustup, in that order
 #   host/setup.sh venv               the virtual environment .venv with the project, editable
 #   host/setup.sh deny               cargo-deny into build/tools, for `make check`
+#   host/setup.sh conformance        the suites for POSIX file systems of `make test-long`: pjdfstest, fsx, stress-ng
+#   host/setup.sh fuzz               a nightly toolchain, and cargo-fuzz into build/tools, for `make fuzz`
 #
 # Settings, for mirrors: apt's own sources.list; PIP_INDEX_URL; cargo's config.toml; RUSTUP_DIST_SERVER and
 # RUSTUP_INIT_URL. TMEM_PYTHON names the Python to use (3.11 or later).
@@ -24,7 +26,10 @@ die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
 packages() {
     wanted=$PACKAGES
-    [ "${1:-}" != bench ] || wanted="$wanted $BENCH_PACKAGES"
+    case "${1:-}" in
+    bench) wanted="$wanted $BENCH_PACKAGES" ;;
+    conformance) wanted="$wanted stress-ng" ;;
+    esac
     missing=
     for package in $wanted; do
         state=$(dpkg-query -W -f '${Status}' "$package" 2>/dev/null || true)
@@ -89,10 +94,32 @@ deny() {
     cargo install -q --locked --root build/tools cargo-deny
 }
 
+fuzz() {
+    command -v rustup >/dev/null || die "libFuzzer wants a nightly compiler, and there is no rustup to get one from"
+    if ! rustup toolchain list | grep -q '^nightly'; then
+        say "nightly Rust"
+        rustup toolchain install -q nightly --profile minimal
+    fi
+    command -v cargo-fuzz >/dev/null && return
+    say "building cargo-fuzz into build/tools (a minute, once)"
+    cargo install -q --locked --root build/tools cargo-fuzz
+}
+
+conformance() {
+    packages conformance
+    for tool in pjdfstest fsx; do
+        [ ! -x "build/tools/bin/$tool" ] || continue
+        say "building $tool into build/tools (a minute, once)"
+        cargo install -q --locked --root build/tools "$tool"
+    done
+}
+
 case "${1:-}" in
 packages) packages "${2:-}" ;;
 rust) rust ;;
 venv) venv ;;
 deny) deny ;;
-*) die "usage: host/setup.sh packages [bench] | rust | venv | deny" ;;
+conformance) conformance ;;
+fuzz) fuzz ;;
+*) die "usage: host/setup.sh packages [bench] | rust | venv | deny | conformance | fuzz" ;;
 esac

@@ -1,7 +1,6 @@
 //! `Engine`: the store, the VMs and their transports, as tmemd drives them.
 
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,62 +8,12 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use tmem_host::histogram;
 use tmem_host::listener::SocketOptions;
-use tmem_host::{EngineError as Error, Limits, Vm, VmSpec};
-use tmem_store::{AdminError, Incompressible, OpenError, PoolError, PoolId, Recovery, StoreConfig, VmLimits};
-use tmem_wire::{Notice, PoolKind};
+use tmem_host::{Limits, VmSpec};
+use tmem_store::{Incompressible, PoolError, PoolId, Recovery, StoreConfig, VmLimits};
+use tmem_wire::Notice;
 
-pyo3::create_exception!(
-    tmem_native._native,
-    EngineError,
-    pyo3::exceptions::PyException,
-    "The engine could not do what was asked. `args` are a message and its kind: conflict, in_use, io, invalid, \
-     not_found, no_space, privilege, shutting_down or unusable."
-);
-
-fn raise(kind: &'static str, message: &impl ToString) -> PyErr {
-    EngineError::new_err((message.to_string(), kind))
-}
-
-fn io_kind(error: &std::io::Error) -> &'static str {
-    match error.kind() {
-        std::io::ErrorKind::PermissionDenied => "privilege",
-        std::io::ErrorKind::StorageFull | std::io::ErrorKind::OutOfMemory => "no_space",
-        _ => "io",
-    }
-}
-
-#[allow(clippy::needless_pass_by_value)] // as map_err gives it
-fn engine_error(error: Error) -> PyErr {
-    let kind = match &error {
-        Error::NoSuchVm(_) => "not_found",
-        Error::VmExists(_) | Error::CidTaken { .. } | Error::SocketTaken { .. } => "conflict",
-        Error::SocketInUse(_) => "in_use",
-        Error::Io { source, .. } => io_kind(source),
-        Error::Store(error) => return admin_error(error.clone()),
-        Error::Draining => "shutting_down",
-    };
-    raise(kind, &error)
-}
-
-#[allow(clippy::needless_pass_by_value)] // as map_err gives it
-pub(crate) fn admin_error(error: AdminError) -> PyErr {
-    let kind = match error {
-        AdminError::NoSuchVm => "not_found",
-        _ => "invalid",
-    };
-    raise(kind, &error)
-}
-
-#[allow(clippy::needless_pass_by_value)] // as map_err gives it
-pub(crate) fn open_error(error: OpenError) -> PyErr {
-    let kind = match &error {
-        OpenError::Io { source, .. } => io_kind(source),
-        OpenError::InUse { .. } => "in_use",
-        OpenError::Unusable { .. } => "unusable",
-        OpenError::Config(_) => "invalid",
-    };
-    raise(kind, &error)
-}
+use crate::error::{admin_error, engine_error, open_error, raise};
+use crate::figures;
 
 fn seconds(s: f64) -> Duration {
     Duration::try_from_secs_f64(s).unwrap_or(Duration::ZERO)
@@ -119,13 +68,7 @@ impl Engine {
         keep_alive_s: f64,
         busy_poll_us: u64,
     ) -> PyResult<Engine> {
-        let mut config = match arena {
-            Some(path) => StoreConfig::file(path, capacity_bytes),
-            None => StoreConfig::memfd(capacity_bytes),
-        };
-        if !store_incompressible {
-            config.incompressible = Incompressible::Refuse;
-        }
+        let config = store_config(capacity_bytes, arena, store_incompressible);
         let limits = Limits {
             connections,
             connections_per_s,
@@ -150,16 +93,7 @@ impl Engine {
     /// What was found in the arena.
     #[getter]
     fn recovery<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let found = &self.recovery;
-        let dict = PyDict::new(py);
-        dict.set_item("formatted", found.formatted)?;
-        dict.set_item("vms", found.vms)?;
-        dict.set_item("pools", found.pools)?;
-        dict.set_item("persistent_pages", found.persistent_pages)?;
-        dict.set_item("ephemeral_pages", found.ephemeral_pages)?;
-        dict.set_item("reclaimed_slots", found.reclaimed_slots)?;
-        dict.set_item("elapsed_us", found.elapsed_us)?;
-        Ok(dict)
+        figures::recovery(py, &self.recovery)
     }
 
     /// Register a VM and open its sockets.
@@ -244,7 +178,7 @@ impl Engine {
     /// A VM's limits and counters.
     fn vm<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyDict>> {
         let vm = self.engine.vm(name).map_err(engine_error)?;
-        vm_dict(py, &self.engine, &vm)
+        figures::vm(py, &self.engine, &vm)
     }
 
     /// A VM's pools.
@@ -252,23 +186,7 @@ impl Engine {
         let vm = self.engine.vm(name).map_err(engine_error)?;
         let list = PyList::empty(py);
         for pool in self.engine.store().pool_stats(vm.id) {
-            let dict = PyDict::new(py);
-            dict.set_item("id", pool.id.0)?;
-            dict.set_item("vm", name)?;
-            dict.set_item("name", &pool.name)?;
-            let persistent = pool.kind == PoolKind::Persistent;
-            dict.set_item("kind", if persistent { "persistent" } else { "ephemeral" })?;
-            dict.set_item("exclusive", pool.kind == PoolKind::Ephemeral { exclusive: true })?;
-            dict.set_item("shared", pool.shared.map(hex))?;
-            dict.set_item("pages", pool.pages)?;
-            dict.set_item("stored_bytes", pool.bytes)?;
-            dict.set_item("puts_accepted", pool.counters.puts_accepted)?;
-            dict.set_item("puts_refused", pool.counters.puts_refused)?;
-            dict.set_item("gets_hit", pool.counters.gets_hit)?;
-            dict.set_item("gets_missed", pool.counters.gets_missed)?;
-            dict.set_item("pages_flushed", pool.counters.pages_flushed)?;
-            dict.set_item("pages_evicted", pool.counters.pages_evicted)?;
-            list.append(dict)?;
+            list.append(figures::pool(py, name, &pool)?)?;
         }
         Ok(list)
     }
@@ -308,20 +226,7 @@ impl Engine {
 
     /// The whole store's figures.
     fn usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let usage = self.engine.store().usage();
-        let dict = PyDict::new(py);
-        dict.set_item("capacity_bytes", usage.capacity_bytes)?;
-        dict.set_item("backed_bytes", usage.backed_bytes)?;
-        dict.set_item("used_bytes", usage.used_bytes)?;
-        dict.set_item("payload_bytes", usage.payload_bytes)?;
-        dict.set_item("metadata_bytes", usage.metadata_bytes)?;
-        dict.set_item("pages", usage.pages)?;
-        dict.set_item("raw_bytes", usage.raw_bytes)?;
-        dict.set_item("same_filled_pages", usage.same_filled_pages)?;
-        dict.set_item("raw_pages", usage.raw_pages)?;
-        dict.set_item("pages_evicted", usage.pages_evicted)?;
-        dict.set_item("pages_moved", usage.pages_moved)?;
-        dict.set_item("pages_lost", usage.pages_lost)?;
+        let dict = figures::usage(py, &self.engine.store().usage())?;
         dict.set_item("connections", self.engine.connections())?;
         dict.set_item("in_flight_bytes", self.engine.in_flight_bytes())?;
         Ok(dict)
@@ -364,79 +269,21 @@ impl Engine {
     }
 }
 
+/// How to open a store whose arena is a file, or anonymous memory.
+pub(crate) fn store_config(
+    capacity_bytes: u64,
+    arena: Option<PathBuf>,
+    store_incompressible: bool,
+) -> StoreConfig {
+    let config = match arena {
+        Some(path) => StoreConfig::file(path, capacity_bytes),
+        None => StoreConfig::memfd(capacity_bytes),
+    };
+    let incompressible = if store_incompressible { Incompressible::StoreRaw } else { Incompressible::Refuse };
+    StoreConfig { incompressible, ..config }
+}
+
 fn limits(quota_bytes: u64, min_bytes: u64, weight: u32, persistent_max_bytes: Option<u64>) -> VmLimits {
     let persistent_max_bytes = persistent_max_bytes.unwrap_or(u64::MAX);
     VmLimits { quota_bytes, min_bytes, weight, persistent_max_bytes }
-}
-
-fn hex(bytes: [u8; 16]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::with_capacity(32), |mut text, byte| {
-        // Writing to a String cannot fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
-fn vm_dict<'py>(py: Python<'py>, engine: &tmem_host::Engine, vm: &Vm) -> PyResult<Bound<'py, PyDict>> {
-    let stats =
-        engine.store().vm_stats(vm.id).ok_or_else(|| engine_error(Error::NoSuchVm(vm.name.clone())))?;
-    let dict = PyDict::new(py);
-    dict.set_item("name", &vm.name)?;
-    dict.set_item("quota_bytes", stats.limits.quota_bytes)?;
-    dict.set_item("min_bytes", stats.limits.min_bytes)?;
-    dict.set_item("weight", stats.limits.weight)?;
-    dict.set_item("frozen", stats.frozen)?;
-    dict.set_item("stored_bytes", stats.used_bytes)?;
-    dict.set_item("raw_bytes", stats.raw_bytes)?;
-    dict.set_item("ephemeral_pages", stats.ephemeral_pages)?;
-    dict.set_item("persistent_pages", stats.persistent_pages)?;
-    dict.set_item("persistent_bytes", stats.persistent_bytes)?;
-    dict.set_item("puts_accepted", stats.puts_accepted)?;
-    dict.set_item("puts_refused", stats.puts_refused)?;
-    dict.set_item("gets_hit", stats.gets_hit)?;
-    dict.set_item("gets_missed", stats.gets_missed)?;
-    dict.set_item("pages_flushed", stats.pages_flushed)?;
-    dict.set_item("pages_evicted", stats.pages_evicted)?;
-    let counters = &vm.counters;
-    dict.set_item("connections", vm.connections())?;
-    dict.set_item("connections_opened", counters.connections.load(Ordering::Relaxed))?;
-    dict.set_item("connections_refused", counters.connections_refused.load(Ordering::Relaxed))?;
-    dict.set_item("protocol_errors", counters.protocol_errors.load(Ordering::Relaxed))?;
-    dict.set_item("timeouts", counters.timeouts.load(Ordering::Relaxed))?;
-    dict.set_item("throttled", counters.throttled.load(Ordering::Relaxed))?;
-    let frames = PyDict::new(py);
-    for (op, count) in counters.frames() {
-        frames.set_item(format!("{op:?}"), count)?;
-    }
-    dict.set_item("frames", frames)?;
-    dict.set_item("boot_id", vm.boot_id().map(hex))?;
-    dict.set_item("report", vm.report().map(|(report, age)| report_dict(py, &report, age)).transpose()?)?;
-    Ok(dict)
-}
-
-fn report_dict<'py>(
-    py: Python<'py>,
-    report: &tmem_wire::Report,
-    age: Duration,
-) -> PyResult<Bound<'py, PyDict>> {
-    let dict = PyDict::new(py);
-    dict.set_item("age_s", age.as_secs_f64())?;
-    dict.set_item("psi_some_avg10", f64::from(report.psi_some_avg10.get()) / 100.0)?;
-    dict.set_item("psi_full_avg10", f64::from(report.psi_full_avg10.get()) / 100.0)?;
-    for (field, value) in [
-        ("mem_total_bytes", report.mem_total_bytes),
-        ("mem_available_bytes", report.mem_available_bytes),
-        ("swap_total_bytes", report.swap_total_bytes),
-        ("swap_free_bytes", report.swap_free_bytes),
-        ("swap_in_pages", report.swap_in_pages),
-        ("swap_out_pages", report.swap_out_pages),
-        ("shim_host_pages", report.shim_host_pages),
-        ("shim_file_pages", report.shim_file_pages),
-        ("cache_hit_pages", report.cache_hit_pages),
-        ("cache_miss_pages", report.cache_miss_pages),
-    ] {
-        dict.set_item(field, value.get())?;
-    }
-    Ok(dict)
 }

@@ -4,11 +4,15 @@
 //! | module | holds |
 //! |---|---|
 //! | `engine` | `Engine`: what tmemd runs |
+//! | `error` | errors as exceptions |
+//! | `figures` | what the store and its VMs have counted, as dictionaries |
 //! | `log` | the engine's events, on standard error |
 //! | `store` | `Store`: a store without transports, for tests |
 //! | `wire` | the codec of control connections |
 
 mod engine;
+mod error;
+mod figures;
 mod log;
 mod store;
 mod wire;
@@ -18,7 +22,9 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _native {
     #[pymodule_export]
-    use crate::engine::{latency_bounds, run_keeper, Engine, EngineError};
+    use crate::engine::{latency_bounds, run_keeper, Engine};
+    #[pymodule_export]
+    use crate::error::EngineError;
     #[pymodule_export]
     use crate::log::log_to_stderr;
     #[pymodule_export]

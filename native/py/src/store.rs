@@ -5,10 +5,12 @@ use std::path::PathBuf;
 use pyo3::exceptions::{PyKeyError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
-use tmem_store::{Attach, Incompressible, PoolId, PoolRef, StoreConfig, VmId, VmLimits};
+use tmem_store::{Attach, PoolId, PoolRef, VmId, VmLimits};
 use tmem_wire::{Encoding, GetStatus, Key, PoolCreate, PoolKind, PutStatus};
 
-use crate::engine::{admin_error, open_error};
+use crate::engine::store_config;
+use crate::error::{admin_error, open_error};
+use crate::figures;
 
 /// A store without transports. VMs and pools go by the numbers that `add_vm` and `create_pool` return.
 #[pyclass(frozen, module = "tmem_native")]
@@ -46,13 +48,7 @@ impl Store {
         arena: Option<PathBuf>,
         store_incompressible: bool,
     ) -> PyResult<Store> {
-        let mut config = match arena {
-            Some(path) => StoreConfig::file(path, capacity_bytes),
-            None => StoreConfig::memfd(capacity_bytes),
-        };
-        if !store_incompressible {
-            config.incompressible = Incompressible::Refuse;
-        }
+        let config = store_config(capacity_bytes, arena, store_incompressible);
         py.detach(|| tmem_store::Store::open(&config)).map(|(store, _)| Store(store)).map_err(open_error)
     }
 
@@ -220,6 +216,11 @@ impl Store {
         py.detach(|| self.0.set_capacity(capacity_bytes)).map_err(admin_error)
     }
 
+    /// Compress the pages that come in from now on, or store them raw.
+    fn set_compression(&self, on: bool) {
+        self.0.set_compression(on);
+    }
+
     /// Give memory back to the host; returns how much it was.
     fn free_memory(&self, py: Python<'_>, size_bytes: u64) -> u64 {
         py.detach(|| self.0.free_memory(size_bytes))
@@ -227,35 +228,11 @@ impl Store {
 
     /// The store's figures.
     fn usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let usage = self.0.usage();
-        let dict = PyDict::new(py);
-        dict.set_item("capacity_bytes", usage.capacity_bytes)?;
-        dict.set_item("used_bytes", usage.used_bytes)?;
-        dict.set_item("payload_bytes", usage.payload_bytes)?;
-        dict.set_item("metadata_bytes", usage.metadata_bytes)?;
-        dict.set_item("pages", usage.pages)?;
-        dict.set_item("raw_bytes", usage.raw_bytes)?;
-        dict.set_item("same_filled_pages", usage.same_filled_pages)?;
-        dict.set_item("raw_pages", usage.raw_pages)?;
-        Ok(dict)
+        figures::usage(py, &self.0.usage())
     }
 
     /// A VM's figures.
     fn vm_stats<'py>(&self, py: Python<'py>, vm: u16) -> PyResult<Option<Bound<'py, PyDict>>> {
-        let Some(stats) = self.0.vm_stats(VmId(vm)) else { return Ok(None) };
-        let dict = PyDict::new(py);
-        dict.set_item("used_bytes", stats.used_bytes)?;
-        dict.set_item("persistent_bytes", stats.persistent_bytes)?;
-        dict.set_item("raw_bytes", stats.raw_bytes)?;
-        dict.set_item("ephemeral_pages", stats.ephemeral_pages)?;
-        dict.set_item("persistent_pages", stats.persistent_pages)?;
-        dict.set_item("puts_accepted", stats.puts_accepted)?;
-        dict.set_item("puts_refused", stats.puts_refused)?;
-        dict.set_item("gets_hit", stats.gets_hit)?;
-        dict.set_item("gets_missed", stats.gets_missed)?;
-        dict.set_item("pages_flushed", stats.pages_flushed)?;
-        dict.set_item("pages_evicted", stats.pages_evicted)?;
-        dict.set_item("frozen", stats.frozen)?;
-        Ok(Some(dict))
+        self.0.vm_stats(VmId(vm)).map(|stats| figures::vm_stats(py, &stats)).transpose()
     }
 }

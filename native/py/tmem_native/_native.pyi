@@ -65,11 +65,7 @@ class ReportDict(TypedDict):
     cache_miss_pages: int
 
 @type_check_only
-class VmDict(TypedDict):
-    name: str
-    quota_bytes: int
-    min_bytes: int
-    weight: int
+class VmStatsDict(TypedDict):
     frozen: bool
     stored_bytes: int
     raw_bytes: int
@@ -82,6 +78,13 @@ class VmDict(TypedDict):
     gets_missed: int
     pages_flushed: int
     pages_evicted: int
+
+@type_check_only
+class VmDict(VmStatsDict):
+    name: str
+    quota_bytes: int
+    min_bytes: int
+    weight: int
     connections: int
     connections_opened: int
     connections_refused: int
@@ -112,6 +115,7 @@ class PoolDict(TypedDict):
 @type_check_only
 class StoreUsageDict(TypedDict):
     capacity_bytes: int
+    backed_bytes: int
     used_bytes: int
     payload_bytes: int
     metadata_bytes: int
@@ -119,30 +123,14 @@ class StoreUsageDict(TypedDict):
     raw_bytes: int
     same_filled_pages: int
     raw_pages: int
-
-@type_check_only
-class UsageDict(StoreUsageDict):
-    backed_bytes: int
     pages_evicted: int
     pages_moved: int
     pages_lost: int
-    connections: int
-    in_flight_bytes: int
 
 @type_check_only
-class VmStatsDict(TypedDict):
-    used_bytes: int
-    persistent_bytes: int
-    raw_bytes: int
-    ephemeral_pages: int
-    persistent_pages: int
-    puts_accepted: int
-    puts_refused: int
-    gets_hit: int
-    gets_missed: int
-    pages_flushed: int
-    pages_evicted: int
-    frozen: bool
+class UsageDict(StoreUsageDict):
+    connections: int
+    in_flight_bytes: int
 
 @type_check_only
 class LatenciesDict(TypedDict):
@@ -313,6 +301,7 @@ class Store:
     def flush_ephemeral(self, vm: int) -> int: ...
     def grant_shared(self, uuid: bytes, vm: int) -> None: ...
     def revoke_shared(self, uuid: bytes, vm: int) -> None: ...
+    def set_compression(self, on: bool) -> None: ...
     def set_capacity(self, capacity_bytes: int) -> int: ...
     def free_memory(self, size_bytes: int) -> int: ...
     def usage(self) -> StoreUsageDict: ...

@@ -104,20 +104,22 @@ fn decoded(encoding: Encoding, payload: &[u8]) -> Option<Page> {
     }
 }
 
-/// Run the operations that `data` spells: an operation, a key, and for puts a length and that many bytes of payload.
+/// Run the operations that `data` spells: an operation, a number that names a key or an amount, and for blocks a length
+/// and that many bytes.
 ///
 /// # Panics
 /// If an answer breaks the contract.
 pub fn operations(data: &[u8]) {
     let config = StoreConfig { slab_bytes: Some(SLAB_BYTES_MIN), ..StoreConfig::memfd(512 << 10) };
     let Ok((store, _)) = Store::open(&config) else { return };
-    let Some(refs) = pools(&store) else { return };
-    let (mut rest, mut out) = (data, Vec::new());
+    let Some(mut refs) = pools(&store) else { return };
+    let Some(vm) = store.find_vm("fuzzed") else { return };
+    let (mut rest, mut out, mut quota_bytes) = (data, Vec::new(), u64::MAX);
     while let [operation, number, tail @ ..] = rest {
         rest = tail;
         let (pool, key) = (&refs[usize::from(*operation) % 3], key(*number));
         out.clear();
-        match operation / 3 % 8 {
+        match operation / 3 % 14 {
             0 => drop(store.put(pool, &key, Encoding::Raw, &page(*number), None)),
             1 | 2 => {
                 let [length, tail @ ..] = rest else { return };
@@ -134,6 +136,21 @@ pub fn operations(data: &[u8]) {
             4 => drop(store.flush_object(pool, &key.object)),
             5 => drop(store.set_capacity(u64::from(*number) << 14)),
             6 => drop(store.free_memory(u64::from(*number) << 12)),
+            7 => {
+                let limits = VmLimits { quota_bytes: u64::from(*number) << 11, ..VmLimits::default() };
+                if store.set_limits(vm, &limits).is_ok() {
+                    // Persistent pages stay when a quota falls below them; nothing is added until they fit.
+                    quota_bytes = limits.quota_bytes.max(store.usage().used_bytes);
+                }
+            }
+            8 => drop(store.set_frozen(vm, number % 2 == 1)),
+            9 => store.set_compression(number % 2 == 1),
+            10 => drop(store.flush_ephemeral(vm)),
+            11 => {
+                store.attach_boot(vm, [*number; 16]);
+                let Some(again) = pools(&store) else { return };
+                refs = again;
+            }
             _ => {
                 let (_, encoding, _) = store.get(pool, &key, false, &mut out);
                 assert!(encoding == Encoding::None || decoded(encoding, &out).is_some());
@@ -141,12 +158,40 @@ pub fn operations(data: &[u8]) {
         }
         let usage = store.usage();
         assert!(usage.backed_bytes <= usage.capacity_bytes);
+        assert!(usage.used_bytes <= quota_bytes, "the quota holds");
     }
 }
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)] // a test that cannot go on has failed
+
     use proptest::prelude::*;
+
+    /// Inputs that libFuzzer found to reach what others do not, and those that once failed.
+    fn seeds(target: &str) -> Vec<Vec<u8>> {
+        let directory = format!("{}/fuzz/seeds/{target}", env!("CARGO_MANIFEST_DIR"));
+        let files = std::fs::read_dir(directory).unwrap();
+        files.map(|file| std::fs::read(file.unwrap().path()).unwrap()).collect()
+    }
+
+    #[test]
+    fn damage_found_by_fuzzing_is_noticed() {
+        let seeds = seeds("arena");
+        assert!(!seeds.is_empty());
+        for seed in seeds {
+            super::damaged_arena(&seed);
+        }
+    }
+
+    #[test]
+    fn operations_found_by_fuzzing_do_not_break_the_store() {
+        let seeds = seeds("operations");
+        assert!(!seeds.is_empty());
+        for seed in seeds {
+            super::operations(&seed);
+        }
+    }
 
     proptest! {
         #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]

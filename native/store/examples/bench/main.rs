@@ -1,11 +1,12 @@
 //! Measures the store against the codec alone, and what it does with its memory. `bench/store.py` drives it and
 //! compares with other stores.
 //!
-//! `bench CORPUS [SECTION…]`, sections being `micro`, `threads`, `churn`, `recovery`, `traces`, `zram` (needs the
+//! `bench CORPUS [SECTION…]`, sections being `micro`, `threads`, `churn`, `recovery`, `scale`, `traces`, `zram` (needs the
 //! device's path in `TMEM_BENCH_ZRAM`, and overwrites it); prints one JSON object with the samples of every figure.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a benchmark that cannot go on has failed
 
+mod scale;
 mod traces;
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -59,11 +60,12 @@ fn main() {
         .filter(|page| codec::same_filled(page).is_none())
         .collect();
     let mut samples = Samples::new();
-    let all: [(&str, Section); 6] = [
+    let all: [(&str, Section); 7] = [
         ("micro", micro),
         ("threads", threads),
         ("churn", churn),
         ("recovery", recovery),
+        ("scale", scale::run),
         ("zram", zram),
         ("traces", |_, samples| traces::run(samples)),
     ];
@@ -190,35 +192,48 @@ fn micro(pages: &[Page], samples: &mut Samples) {
     samples.insert("corpus_ratio".into(), vec![total as f64 / (pages.len() * 4096) as f64]);
 }
 
-/// Mixed puts and gets on one thread, two, and all cores. Pages a second.
+/// Every page put and fetched, on one thread, two, and all cores; and compressed and decompressed by as many threads
+/// that share nothing, which is what the machine itself gains by a second thread. Pages a second by the wall clock.
 fn threads(pages: &[Page], samples: &mut Samples) {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let (store, pool) = open(2 << 30, PoolKind::Persistent);
-    let run = |threads: usize| {
+    let with_store = |thread: usize| {
+        let mut out = Vec::with_capacity(8192);
+        for (i, page) in pages.iter().enumerate() {
+            let key = key(thread << 20 | i);
+            assert_eq!(store.put(&pool, &key, Encoding::Raw, page, None), PutStatus::Stored);
+            out.clear();
+            assert_eq!(store.get(&pool, &key, false, &mut out).0, GetStatus::Hit);
+        }
+    };
+    let with_codec = |_: usize| {
+        let (mut block, mut decoded) = ([0; codec::STORE_RAW_ABOVE], [0; 4096]);
+        for page in pages {
+            match codec::compress(page, &mut block) {
+                Some(bytes) => assert!(codec::decompress(&block[..bytes], &mut decoded)),
+                None => decoded.copy_from_slice(page),
+            }
+            black_box(&decoded);
+        }
+    };
+    let rate = |threads: usize, work: &(dyn Fn(usize) + Sync)| {
         let start = Instant::now();
         std::thread::scope(|scope| {
             for thread in 0..threads {
-                let (store, pool) = (&store, &pool);
-                scope.spawn(move || {
-                    let mut out = Vec::with_capacity(8192);
-                    for (i, page) in pages.iter().enumerate() {
-                        let key = key(thread << 20 | i);
-                        assert_eq!(store.put(pool, &key, Encoding::Raw, page, None), PutStatus::Stored);
-                        out.clear();
-                        assert_eq!(store.get(pool, &key, false, &mut out).0, GetStatus::Hit);
-                    }
-                });
+                scope.spawn(move || work(thread));
             }
         });
         (threads * pages.len()) as f64 / start.elapsed().as_secs_f64()
     };
-    run(cores.max(2));
-    for _ in 0..7 {
-        for threads in [1, 2, cores] {
-            samples.entry(format!("threads{threads}_pages_per_s")).or_default().push(run(threads));
-            if threads == cores && cores <= 2 {
-                break;
-            }
+    let mut counts = vec![1, 2, cores];
+    counts.sort_unstable();
+    counts.dedup();
+    rate(cores.max(2), &with_store);
+    for _ in 0..15 {
+        for &threads in &counts {
+            let mut add = |name: &str, rate| samples.entry(name.into()).or_default().push(rate);
+            add(&format!("threads{threads}_pages_per_s"), rate(threads, &with_store));
+            add(&format!("codec_threads{threads}_pages_per_s"), rate(threads, &with_codec));
         }
     }
 }
