@@ -132,9 +132,7 @@ def test_every_page_survives_a_daemon_that_is_killed_again_and_again(tmemd: Tmem
             verify(device, written)
         status = shim.wait_for("flushed copies", lambda status: status["stale_pages"] == 0)
         assert status["lost_pages"] == 0
-        # A busy host may be slow enough to answer that the shim gives a connection up by itself.
-        assert isinstance(status["disconnects"], int)
-        assert status["disconnects"] >= 4
+        assert status["disconnects"] == 4, shim.log
         with tmemd.admin() as admin:
             assert admin.vm("a").persistent_pages == status["host_pages"]
 
