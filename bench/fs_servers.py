@@ -103,7 +103,7 @@ class Contenders:
         (self.directory / "ours").mkdir()
         self.ours = FileCache(self.directory / "ours", self.lower, *self._options, endpoint=endpoint)
         self._stack.enter_context(self.ours)
-        self.ours.wait("connected", 1)
+        self.ours.wait_for("connected", 1)
         points = {name: self.directory / name for name in ("bindfs", "passthrough_hp")}
         bindfs: list[str | Path] = ["bindfs", "-f", "-o", "allow_other", self.lower, points["bindfs"]]
         hp: list[str | Path] = [passthrough_hp(), "--foreground", self.lower, points["passthrough_hp"]]

@@ -3,61 +3,34 @@
 from __future__ import annotations
 
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
 
 from tmem_host.api.client import Client as AdminClient
 from tmem_host.api.types import Vm, VmSpec
 
 from framework.client import Client as GuestClient
 from framework.client import Feature, Role
+from framework.process import Program
 
 MIB = 1 << 20
 PORT = 29805
 ROOT = Path(__file__).resolve().parents[2]
-_READY_S = 20.0
-_STOP_S = 20.0
 
 
-class Tmemd:
-    """A `tmemd` process; a context manager that leaves nothing behind.
-
-    The directory must be short: socket paths have at most 107 bytes.
-    """
+class Tmemd(Program):
+    """A `tmemd` process; a context manager that leaves nothing behind."""
 
     def __init__(
         self, directory: Path, *, capacity: str = "64M", config: str = "", arena: str | None = None
     ) -> None:
-        self.directory = directory
+        super().__init__(directory, "tmemd")
         self.admin_socket = directory / "admin.sock"
         self.arena = arena or str(directory / "arena")
         self._capacity = capacity
         self._config = directory / "tmemd.toml"
         self._config.write_text(config)
-        self._log = directory / "tmemd.log"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    @property
-    def log(self) -> str:
-        """What it wrote to standard error since the first start."""
-        return self._log.read_text()
 
     def arguments(self) -> list[str]:
         return [
@@ -69,65 +42,13 @@ class Tmemd:
             *("--state-directory", str(self.directory / "state")),
         ]
 
-    def start(self) -> None:
-        """Start it and wait until it says that it is ready."""
-        address = self.directory / "notify.sock"
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, self._log.open("ab") as log:
-            ready.bind(str(address))
-            try:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "tmem_host.service.main", *self.arguments()],
-                    env=os.environ | {"NOTIFY_SOCKET": str(address), "PYTHONPATH": _python_path()},
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                )
-                self._await_ready(ready)
-            finally:
-                address.unlink()
+    def command(self) -> list[str]:
+        """What to run."""
+        return [sys.executable, "-m", "tmem_host.service.main", *self.arguments()]
 
-    def _await_ready(self, ready: socket.socket) -> None:
-        assert self._process is not None
-        ready.settimeout(0.1)
-        deadline = time.monotonic() + _READY_S
-        while time.monotonic() < deadline:
-            try:
-                if ready.recv(4096) == b"READY=1":
-                    return
-            except TimeoutError:
-                if self._process.poll() is not None:
-                    raise AssertionError(
-                        f"tmemd ended with {self._process.returncode}:\n{self.log}"
-                    ) from None
-        self.kill()
-        raise AssertionError(f"tmemd was not ready after {_READY_S} s:\n{self.log}")
-
-    def signal(self, number: signal.Signals) -> None:
-        os.kill(self.pid, number)
-
-    def wait(self) -> int:
-        """Wait for its end; returns its exit code."""
-        assert self._process is not None
-        return self._process.wait(_STOP_S)
-
-    def stop(self) -> int:
-        """Stop it as systemd would; returns its exit code."""
-        self.signal(signal.SIGTERM)
-        return self.wait()
-
-    def kill(self) -> None:
-        """kill -9, if it still runs."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()
-            self._process.wait(_STOP_S)
-
-    def restart(self, *, kill: bool = False) -> None:
-        """Stop or kill it, and start it again."""
-        if kill:
-            self.kill()
-        else:
-            assert self.stop() == 0, self.log
-        self.start()
+    def environment(self) -> Mapping[str, str]:
+        """So that tests run from a checkout that is not installed, too."""
+        return {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("host", "guest", "native/py"))}
 
     def rss_bytes(self) -> int:
         """Anonymous memory it has resident: the arena's pages are shared memory and do not count."""
@@ -167,8 +88,3 @@ class Tmemd:
             timeout_s=timeout_s,
             max_frame_bytes=max_frame_bytes,
         )
-
-
-def _python_path() -> str:
-    """So that tests run from a checkout that is not installed, too."""
-    return os.pathsep.join(str(ROOT / part) for part in ("host", "guest", "native/py"))

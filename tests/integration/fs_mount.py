@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+
+from framework.process import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE_BYTES = 4096
-_READY_S = 10.0
-_STOP_S = 15.0
 
 
 def program() -> Path:
@@ -32,7 +30,7 @@ def program() -> Path:
     return built
 
 
-class FileCache:
+class FileCache(Program):
     """A mounted file cache; a context manager that leaves nothing behind."""
 
     def __init__(
@@ -43,68 +41,25 @@ class FileCache:
         endpoint: str | None = None,
         mount: Path | None = None,
     ) -> None:
+        super().__init__(directory, "fs")
         self.lower = lower
         self.mount = mount or directory / "mount"
         self.mount.mkdir(exist_ok=True, parents=True)
-        self._directory = directory
         self._status = directory / "status.sock"
-        self._log = directory / "fs.log"
         tmem = ["--endpoint", endpoint] if endpoint else ["--no-tmem"]
         self._options = [*tmem, *options]
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
 
     def __exit__(self, *_: object) -> None:
-        self.kill()
+        super().__exit__()
         while subprocess.run(["umount", "-l", self.mount], capture_output=True, check=False).returncode == 0:
             pass
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text()
-
     def command(self) -> list[str]:
+        """What to run."""
         return [
             *(str(program()), "fs", "--lower", str(self.lower), "--mount", str(self.mount)),
             *("--status-socket", str(self._status), *self._options),
         ]
-
-    def start(self) -> None:
-        """Start it and wait until it says that it is ready."""
-        address = self._directory / "notify.sock"
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, self._log.open("ab") as log:
-            ready.bind(str(address))
-            ready.settimeout(_READY_S)
-            self._process = subprocess.Popen(
-                self.command(), env=os.environ | {"NOTIFY_SOCKET": str(address)}, stdout=log, stderr=log
-            )
-            try:
-                assert ready.recv(100) == b"READY=1"
-            except TimeoutError:
-                self.kill()
-                raise AssertionError(f"not ready after {_READY_S} s:\n{self.log}") from None
-            finally:
-                address.unlink()
-
-    def stop(self) -> int:
-        """Stop it as systemd would; returns its exit code."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGTERM)
-        return self._process.wait(_STOP_S)
-
-    def kill(self) -> None:
-        """kill -9, if it still runs."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()
-            self._process.wait(_STOP_S)
 
     def status(self) -> dict[str, int]:
         """Its counters."""
@@ -117,7 +72,7 @@ class FileCache:
         told: dict[str, int] = json.loads(line)
         return told
 
-    def wait(self, name: str, least: int, timeout_s: float = 10.0) -> int:
+    def wait_for(self, name: str, least: int, timeout_s: float = 10.0) -> int:
         """Wait until a counter (or `connected`) is at least this."""
         deadline = time.monotonic() + timeout_s
         while (value := self.status()[name]) < least:

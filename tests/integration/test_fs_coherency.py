@@ -58,7 +58,7 @@ def endpoint(daemon: Tmemd) -> str:
 @pytest.fixture(params=["watch", "check"])
 def cache(request: pytest.FixtureRequest, tmemd: Tmemd, start_mount: StartMount) -> FileCache:
     mounted = start_mount("--changes", request.param, endpoint=endpoint(tmemd))
-    mounted.wait("connected", 1)
+    mounted.wait_for("connected", 1)
     return mounted
 
 
@@ -69,7 +69,7 @@ def cached(cache: FileCache, name: str, content: bytes) -> Path:
     before = cache.status()["put_pages"]
     assert (cache.mount / name).read_bytes() == content
     pages = -(-len(content) // PAGE_BYTES)
-    cache.wait("put_pages", before + pages)
+    cache.wait_for("put_pages", before + pages)
     cache.forget(name)
     return cache.mount / name
 
@@ -251,7 +251,7 @@ def test_readers_never_go_back_in_time(cache: FileCache, where: str) -> None:
 def test_an_agent_that_was_killed_is_replaced(tmemd: Tmemd, start_mount: StartMount) -> None:
     content = content_of(50)
     mounted = start_mount(endpoint=endpoint(tmemd))
-    mounted.wait("connected", 1)
+    mounted.wait_for("connected", 1)
     path = cached(mounted, "survivor", content)
     mounted.kill()
     with pytest.raises(OSError, match="endpoint"):
@@ -260,20 +260,20 @@ def test_an_agent_that_was_killed_is_replaced(tmemd: Tmemd, start_mount: StartMo
         file.write(b"changed while nobody looked")
     expected = splice(content, 0, b"changed while nobody looked")
     mounted.start()
-    mounted.wait("connected", 1)
+    mounted.wait_for("connected", 1)
     check(path, expected)
 
     path = cached(mounted, "kept", content)
     mounted.kill()
     mounted.start()
-    mounted.wait("connected", 1)
+    mounted.wait_for("connected", 1)
     assert hits(mounted, lambda: check(path, content)) == 50, "pages outlive the agent"
 
 
 def test_tmemd_may_die_and_return(tmemd: Tmemd, start_mount: StartMount) -> None:
     content = content_of(50)
     mounted = start_mount(endpoint=endpoint(tmemd))
-    mounted.wait("connected", 1)
+    mounted.wait_for("connected", 1)
     path = cached(mounted, "file", content)
     tmemd.kill()
     check(path, content)
@@ -296,14 +296,14 @@ def test_tmemd_may_die_and_return(tmemd: Tmemd, start_mount: StartMount) -> None
 
 def test_a_refusing_host_costs_nothing_but_the_hit(tmemd: Tmemd, start_mount: StartMount) -> None:
     mounted = start_mount(endpoint=endpoint(tmemd))
-    mounted.wait("connected", 1)
+    mounted.wait_for("connected", 1)
     with tmemd.admin() as admin:
         admin.change_vm("a", VmChange(frozen=True))
     content = content_of(100)
     (mounted.lower / "cold").write_bytes(content)
     time.sleep(SETTLE_S)
     check(mounted.mount / "cold", content)
-    mounted.wait("refused_pages", 1)
+    mounted.wait_for("refused_pages", 1)
     mounted.forget("cold")
     check(mounted.mount / "cold", content)
     assert mounted.status()["hit_pages"] == 0
@@ -311,7 +311,7 @@ def test_a_refusing_host_costs_nothing_but_the_hit(tmemd: Tmemd, start_mount: St
 
 def test_a_host_that_does_not_answer_is_not_waited_for(tmemd: Tmemd, start_mount: StartMount) -> None:
     mounted = start_mount("--get-timeout-ms", "50", endpoint=endpoint(tmemd))
-    mounted.wait("connected", 1)
+    mounted.wait_for("connected", 1)
     content = content_of(100)
     path = cached(mounted, "slow", content)
     tmemd.signal(signal.SIGSTOP)
@@ -349,7 +349,7 @@ def test_two_mounts_of_one_directory_agree(tmemd: Tmemd, start_mount: StartMount
 def test_a_directory_can_be_mounted_over_itself(lower: Path, tmemd: Tmemd, start_mount: StartMount) -> None:
     (lower / "below").write_bytes(b"below")
     mounted = start_mount(endpoint=endpoint(tmemd), mount=lower)
-    mounted.wait("connected", 1)
+    mounted.wait_for("connected", 1)
     check(lower / "below", b"below")
     (lower / "new").write_bytes(b"new")
     (lower / "new").rename(lower / "newer")
