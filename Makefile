@@ -52,13 +52,14 @@ demo: setup
 test: test-rust test-python
 
 test-rust: setup
-	cargo test --release --workspace --exclude tmem-py
+	cargo test --profile test-fast --workspace --exclude tmem-py
+	RUSTFLAGS='--cfg shuttle' cargo test --target-dir target/shuttle -p tmem-store --test shuttle
 
 test-python: setup
 	$(PYTEST) tests -m 'not long'
 
 test-long: setup $(STAMPS)/conformance
-	cargo test --release --workspace --exclude tmem-py -- --ignored
+	cargo test --profile test-fast --workspace --exclude tmem-py -- --ignored
 	$(PYTEST) tests -m long --timeout 7200
 
 .PHONY: check
