@@ -13,7 +13,8 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
+from hashlib import blake2b
 from pathlib import Path
 
 import pytest
@@ -231,8 +232,9 @@ class Pair:
         """The whole trees."""
 
         def facts(root: Path) -> dict[str, object]:
+            # Sums, because this process may be short of memory.
             return {
-                str(path.relative_to(root)): path.read_bytes() if path.is_file() else None
+                str(path.relative_to(root)): blake2b(path.read_bytes()).digest() if path.is_file() else None
                 for path in sorted(root.rglob("*"))
             }
 
@@ -286,7 +288,7 @@ def run(tmemd: Tmemd, lower: Path, tmp_path: Path, steps: int, kill: bool) -> Fi
     with FileCache(
         tmp_path, lower, "--get-timeout-ms", "200", endpoint=f"unix:{tmemd.vm_socket('a')}"
     ) as cache:
-        cache.wait("connected", 1)
+        cache.wait_for("connected", 1)
         model = tmp_path / "model"
         model.mkdir()
         pair = Pair(cache.mount, model, lower, seed)
@@ -315,6 +317,33 @@ def run(tmemd: Tmemd, lower: Path, tmp_path: Path, steps: int, kill: bool) -> Fi
         return cache
 
 
+@contextmanager
+def short_of_memory(limit_bytes: int) -> Iterator[None]:
+    """This process in a cgroup with room for so much of what it touches from now on, page cache included."""
+    version_1 = Path("/sys/fs/cgroup/memory")
+    root, key, limit = (
+        (version_1, ":memory:", "memory.limit_in_bytes")
+        if version_1.is_dir()
+        else (Path("/sys/fs/cgroup"), "0::", "memory.max")
+    )
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    home = root / next(line for line in lines if key in line).rsplit(":", 1)[1].lstrip("/")
+    group = root / f"tmem-test-{os.getpid()}"
+    group.mkdir()
+    try:
+        try:
+            if root != version_1:
+                (root / "cgroup.subtree_control").write_text("+memory")
+            (group / limit).write_text(str(limit_bytes))
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+        except OSError as error:
+            pytest.skip(f"no cgroup of its own: {error}")
+        yield
+    finally:
+        (home / "cgroup.procs").write_text(str(os.getpid()))
+        group.rmdir()
+
+
 @pytest.mark.parametrize("kill", [False, True], ids=["evicting", "killed"])
 def test_the_mount_tells_what_a_plain_directory_tells(
     tmemd: Tmemd, lower: Path, tmp_path: Path, kill: bool
@@ -322,6 +351,15 @@ def test_the_mount_tells_what_a_plain_directory_tells(
     run(tmemd, lower, tmp_path, 2500, kill)
 
 
+def test_under_memory_pressure(tmemd: Tmemd, lower: Path, tmp_path: Path) -> None:
+    """The kernel evicts pages of the mount all the time."""
+    with short_of_memory(40 << 20):
+        run(tmemd, lower, tmp_path, 2500, kill=False)
+
+
 @pytest.mark.long
-def test_for_a_long_time(tmemd: Tmemd, lower: Path, tmp_path: Path) -> None:
-    run(tmemd, lower, tmp_path, 200_000, kill=True)
+@pytest.mark.parametrize("limit_mib", [0, 40], ids=["roomy", "short-of-memory"])
+def test_for_a_long_time(tmemd: Tmemd, lower: Path, tmp_path: Path, limit_mib: int) -> None:
+    with short_of_memory(limit_mib << 20) if limit_mib else nullcontext():
+        # Not both: a tmemd that is started here would be in the cgroup too.
+        run(tmemd, lower, tmp_path, 100_000, kill=not limit_mib)
