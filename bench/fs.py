@@ -4,21 +4,33 @@ Natively on this machine, in one run, in interleaved rounds: every contender doe
 begins, and medians are compared. passthrough_hp runs as it comes, with its writeback cache and with names and
 attributes that it never asks about again: it assumes that nobody else changes the directory, which ours does
 not.
+
+Then the headline, in VMs (`fs_vm`). With `native` or `vm` as argument only that part is measured, and takes
+the place of that part's figures in `build/bench/fs.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import fs_jobs as jobs
-from fs_servers import ROOT, Contenders, drop_caches
-from record import Record, publish, record
+import matplotlib as mpl
+from fs_servers import Contenders, drop_caches
+from record import DIRECTORY, Record, machine, publish, record
+
+mpl.use("Agg")
+import fs_vm
+from matplotlib import pyplot
 
 Samples = dict[tuple[str, str], list[float]]
 """Figures by job and contender."""
@@ -77,10 +89,15 @@ RECORDS = [
 ]
 
 
+PEERS = ("lower", "passthrough_hp", "ours")
+"""Contenders of jobs that take long."""
+
+
 def one_round(contenders: Contenders, tarball: Path, samples: Samples, number: int) -> None:
+    """Every job, one contender after the other; another one begins each round."""
     roots = contenders.roots
-    # Another one begins each round: who comes first pays for what the machine below us has not cached.
-    names = [*list(roots)[number % len(roots) :], *list(roots)[: number % len(roots)]]
+    turn = number % len(roots)
+    names = [*list(roots)[turn:], *list(roots)[:turn]]
 
     def note(job: str, name: str, value: float) -> None:
         samples[job, name].append(value)
@@ -91,10 +108,10 @@ def one_round(contenders: Contenders, tarball: Path, samples: Samples, number: i
             contenders.forget_tmem()
             drop_caches()
             note(f"{job}_cold", name, run(roots[name]))
-        for name in names:
-            run(roots[name])
-            subprocess.run(["cat", roots[name] / "data"], stdout=subprocess.DEVNULL, check=True)
-            note(f"{job}_kernel", name, run(roots[name]))
+        if job == "randread":
+            for name in ("passthrough_hp", "ours"):
+                subprocess.run(["cat", roots[name] / "data"], stdout=subprocess.DEVNULL, check=True)
+                note(f"{job}_kernel", name, run(roots[name]))
         contenders.fill_tmem(roots["ours"] / "data", jobs.FILE_BYTES // 4096)
         drop_caches()
         note(f"{job}_warm", "ours", run(roots["ours"]))
@@ -107,14 +124,16 @@ def one_round(contenders: Contenders, tarball: Path, samples: Samples, number: i
         for job, value in jobs.metadata(roots[name]).items():
             note(job, name, value)
     for name in names:
-        drop_caches()
-        note("tar", name, jobs.unpack(roots[name], tarball))
-        drop_caches()
-        note("walk_cold", name, jobs.walk(roots[name]))
-        note("walk_warm", name, jobs.walk(roots[name]))
-        jobs.remove(roots[name])
+        if name in PEERS:
+            drop_caches()
+            note("tar", name, jobs.unpack(roots[name], tarball))
+            drop_caches()
+            note("walk_cold", name, jobs.walk(roots[name]))
+            note("walk_warm", name, jobs.walk(roots[name]))
+            jobs.remove(roots[name])
     for name in names:
-        note("compile", name, jobs.compile_sources(roots[name] / "project"))
+        if name in PEERS:
+            note("compile", name, jobs.compile_sources(roots[name] / "project"))
 
 
 def results(samples: Samples, resident_mib: float) -> list[Record]:
@@ -140,17 +159,12 @@ def results(samples: Samples, resident_mib: float) -> list[Record]:
     return records
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--option", action="append", default=[], help="option for tmem-guest fs")
-    options = parser.parse_args()
-    parent = ROOT / "build" / "bench"
-    parent.mkdir(parents=True, exist_ok=True)
+def measure_native(rounds: int, options: Sequence[str]) -> list[Record]:
+    """All native jobs, so many times."""
     samples: Samples = defaultdict(list)
-    with tempfile.TemporaryDirectory(prefix="fs-", dir=parent) as name:
+    with tempfile.TemporaryDirectory(prefix="fs-", dir=DIRECTORY) as name:
         directory = Path(name)
-        with Contenders(directory, *options.option) as contenders:
+        with Contenders(directory, *options) as contenders:
             tarball = directory / "tree.tar"
             tree = Path("/usr/lib/python3")
             subprocess.run(["tar", "cf", tarball, "-C", tree, "."], check=True)
@@ -159,11 +173,55 @@ def main() -> None:
                 for _ in range(jobs.FILE_BYTES >> 20):
                     file.write(os.urandom(1 << 19) + bytes(range(256)) * (1 << 11))
             jobs.make_sources(contenders.lower / "project")
-            for number in range(options.rounds):
-                print(f"round {number + 1} of {options.rounds}", flush=True)
+            for number in range(rounds):
+                print(f"round {number + 1} of {rounds}", flush=True)
                 one_round(contenders, tarball, samples, number)
-            records = results(samples, contenders.resident_mib())
-    publish("fs", records)
+            return results(samples, contenders.resident_mib())
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """How many times better than its peer each figure is, on a logarithmic scale."""
+    shown = [each for each in records if each.peer_value][::-1]
+    better = [each.ratio if each.better == "higher" else 1 / max(each.ratio, 1e-3) for each in shown]
+    colours = {None: "tab:grey", True: "tab:green", False: "tab:red"}
+    figure, axes = pyplot.subplots(figsize=(9, 0.3 * len(shown) + 1))
+    bars = axes.barh([each.name for each in shown], better, color=[colours[each.met] for each in shown])
+    axes.bar_label(bars, fmt="%.2f", fontsize=7)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="times better than the peer", title=f"The file cache: {machine()}")
+    axes.tick_params(axis="y", labelsize=7)
+    axes.grid(visible=True, axis="x", alpha=0.3)
+    figure.savefig(path, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def earlier(path: Path) -> list[Record]:
+    """The figures of an earlier run."""
+    return [Record(**each) for each in json.loads(path.read_text())] if path.exists() else []
+
+
+def main() -> None:
+    """Measure and publish."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=["native", "vm"], default=["native", "vm"])
+    parser.add_argument("--rounds", type=int, default=3, help="of the native part")
+    parser.add_argument("--vm-rounds", type=int, default=1)
+    parser.add_argument("--way", action="append", choices=fs_vm.WAYS, help="only this way in a VM")
+    parser.add_argument("--option", action="append", default=[], help="option for tmem-guest fs")
+    options = parser.parse_args()
+    # Mounts and VMs are taken down on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))
+    DIRECTORY.mkdir(parents=True, exist_ok=True)
+    before = earlier(DIRECTORY / "fs.json")
+    native = [each for each in before if each.name.startswith(("native_", "daemon_"))]
+    headline = [each for each in before if each not in native]
+    if "native" in options.parts:
+        native = measure_native(options.rounds, options.option)
+    if "vm" in options.parts:
+        headline = fs_vm.records(*fs_vm.measure(options.vm_rounds, options.way or fs_vm.WAYS))
+    records = [*native, *headline]
+    print(publish("fs", records))
+    draw(records, DIRECTORY / "fs.svg")
 
 
 if __name__ == "__main__":

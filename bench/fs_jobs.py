@@ -13,7 +13,7 @@ from pathlib import Path
 
 FILE_BYTES = 256 << 20
 FILES = 10_000
-RUNTIME_S = 3
+RUNTIME_S = 2
 
 
 def fio(directory: Path, *options: str) -> dict[str, float]:
@@ -106,7 +106,7 @@ def metadata(directory: Path) -> dict[str, float]:
     return figures
 
 
-def make_sources(directory: Path, units: int = 60, headers: int = 200) -> None:
+def make_sources(directory: Path, units: int = 24, headers: int = 200) -> None:
     """A C project of many small files that include many headers, and its Makefile."""
     chance = random.Random(3)  # noqa: S311 - a project, not a secret
     include = directory / "include"
