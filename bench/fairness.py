@@ -2,7 +2,8 @@
 
 Each way of flooding is measured after a quiet stretch, interleaved over `TMEM_BENCH_ROUNDS` rounds. Prints a
 table; writes `build/bench/fairness.json` and `build/bench/fairness.svg`. The flooding processes run on this
-machine and compete for its CPUs as a guest's virtual CPUs would.
+machine and compete for its CPUs as virtual CPUs would. As libvirt gives each VM a control group with
+an equal share of the CPUs, server, victim and flooder are sessions of their own, which Linux schedules alike.
 """
 
 from __future__ import annotations
@@ -41,19 +42,19 @@ def measure(directory: Path) -> tuple[Samples, float]:
     """Times of the victim by what the flooder does, and the most memory the server had."""
     samples: Samples = {}
     largest = 0.0
-    with serving(directory, "victim", "flooder") as server:
+    with serving(directory, "victim", "flooder", own_session=True) as server:
         socket = {vm: f"unix:{directory}/{vm}/vsock.sock_29805" for vm in ("victim", "flooder")}
         load = ["load", socket["victim"], "--pages", "1000", "--count", "1000000", "--pause-us", "200"]
         victim = [*load, "--seconds", str(_VICTIM_S)]
         for _ in range(ROUNDS):
             for way in WAYS:
-                collect(samples, "quiet", victim)
+                collect(samples, "quiet", victim, own_session=True)
                 command = [str(program()), "flood", socket["flooder"], "--way", way]
                 with subprocess.Popen(
-                    [*command, "--seconds", str(_FLOOD_S)], stdout=subprocess.DEVNULL
+                    [*command, "--seconds", str(_FLOOD_S)], stdout=subprocess.DEVNULL, start_new_session=True
                 ) as flood:
                     time.sleep(0.3)
-                    collect(samples, way, victim)
+                    collect(samples, way, victim, own_session=True)
                     largest = max(largest, _rss_mib(server.pid))
                     flood.wait()
     return samples, largest

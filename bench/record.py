@@ -67,8 +67,11 @@ def machine() -> str:
     return f"{cpu}, Linux {platform.release()}"
 
 
-def publish(benchmark: str, records: Sequence[Record]) -> Path:
-    """Print the table and write `build/bench/BENCHMARK.json`; returns its path."""
+def publish(benchmark: str, records: Sequence[Record], *, keep: tuple[str, ...] = ()) -> Path:
+    """Print the table and write `build/bench/BENCHMARK.json`; returns its path.
+
+    Records of an earlier run whose names begin with one of `keep` stay in the file.
+    """
     table = Table(title=f"{benchmark} ({machine()})")
     for column in ("figure", "ours", "peer", "peer's", "ratio", "goal", ""):
         table.add_column(column, justify="left" if column in {"figure", "peer"} else "right")
@@ -81,5 +84,8 @@ def publish(benchmark: str, records: Sequence[Record]) -> Path:
     Console(width=140).print(table)
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     path = DIRECTORY / f"{benchmark}.json"
-    path.write_text(json.dumps([asdict(each) for each in records], indent=1) + "\n")
+    written = [asdict(each) for each in records]
+    if keep and path.exists():
+        written += [each for each in json.loads(path.read_text()) if each["name"].startswith(keep)]
+    path.write_text(json.dumps(written, indent=1) + "\n")
     return path

@@ -4,14 +4,16 @@
 (b) From inside a VM, over tmemd's own vsock device: `vhost-device-vsock` and a socket, a bare ping-pong over
     vsock, a virtio-blk read that the host answers from its page cache.
 
-Prints a table; writes `build/bench/transport.json` and `build/bench/transport.svg`. With `unix` or `vm` as
-argument, only that part is measured.
+Prints a table; writes `build/bench/transport.json` and `build/bench/transport.svg`: latency by percentile, as
+HDR histograms are drawn. With `unix` or `vm` as argument, only that part is measured; the file keeps the other
+part's figures of before, and the drawing goes to `build/bench/transport-PART.svg`.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -26,23 +28,33 @@ import transport_vm
 from record import DIRECTORY, Record, machine, publish
 from transport_program import Samples
 
+PARTS = ("unix", "vm")
+
+
+def _percentiles(reports: Sequence[dict[str, float]]) -> tuple[list[float], list[float]]:
+    """How rare a round trip is (one in so many), and how long those take at least, µs."""
+    buckets: dict[float, float] = {}
+    for report in reports:
+        for bound, count in report["histogram"]:  # type: ignore[attr-defined]
+            buckets[bound] = buckets.get(bound, 0) + count
+    total, seen = sum(buckets.values()), 0.0
+    rarity, latency = [], []
+    for bound in sorted(buckets):
+        rarity.append(total / (total - seen))
+        latency.append(bound)
+        seen += buckets[bound]
+    return rarity, latency
+
 
 def draw(samples: Samples, path: Path) -> None:
-    """How many of the round trips took no longer than a time."""
+    """Latency of single round trips by percentile."""
     wanted = [name for name in samples if "histogram" in samples[name][0] and not name[-1].isdigit()]
     figure, axes = pyplot.subplots(figsize=(10, 6))
     for name in sorted(wanted):
-        buckets: dict[float, float] = {}
-        for report in samples[name]:
-            for bound, count in report["histogram"]:  # type: ignore[attr-defined]
-                buckets[bound] = buckets.get(bound, 0) + count
-        bounds = sorted(buckets)
-        total, seen, shares = sum(buckets.values()), 0.0, []
-        for bound in bounds:
-            seen += buckets[bound]
-            shares.append(seen / total)
-        axes.plot([bound * 1.125 for bound in bounds], shares, label=name)
-    axes.set(xscale="log", xlabel="round trip, µs", ylabel="share of round trips", title=machine())
+        axes.step(*_percentiles(samples[name]), where="post", label=name)
+    marks = {2: "50", 10: "90", 100: "99", 1000: "99.9", 10000: "99.99"}
+    axes.set(xscale="log", yscale="log", xlabel="percentile", ylabel="round trip, µs", title=machine())
+    axes.set_xticks(list(marks), list(marks.values()))
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, bbox_inches="tight")
@@ -51,7 +63,9 @@ def draw(samples: Samples, path: Path) -> None:
 
 def main() -> None:
     """Measure and publish."""
-    parts = sys.argv[1:] or ["unix", "vm"]
+    parts = sys.argv[1:] or list(PARTS)
+    if not set(parts) <= set(PARTS):
+        raise SystemExit(f"transport.py: the parts are {' and '.join(PARTS)}, not {' '.join(parts)}")
     transport_program.build()
     records: list[Record] = []
     samples: Samples = {}
@@ -63,8 +77,9 @@ def main() -> None:
         found = transport_vm.measure()
         records += transport_vm.records(found)
         samples |= found
-    path = publish("transport", records)
-    draw(samples, DIRECTORY / "transport.svg")
+    others = [part for part in PARTS if part not in parts]
+    path = publish("transport", records, keep=tuple(f"{part}_" for part in others))
+    draw(samples, DIRECTORY / ("transport.svg" if not others else f"transport-{parts[0]}.svg"))
     print(path)
 
 

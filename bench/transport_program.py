@@ -46,12 +46,18 @@ def waiting_for(socket: Path, process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def serving(directory: Path, *vms: str, options: tuple[str, ...] = ()) -> Iterator[subprocess.Popen[bytes]]:
-    """`tmem-bench serve` with these VMs, their sockets in `directory`/VM."""
+def serving(
+    directory: Path, *vms: str, options: tuple[str, ...] = (), own_session: bool = False
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`tmem-bench serve` with these VMs, their sockets in `directory`/VM.
+
+    With `own_session`, the kernel shares the CPUs between it and other sessions, not between all threads.
+    """
     command = [str(program()), "serve", "--dir", str(directory), *options]
     for vm in vms:
         command += ["--vm", vm]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=own_session) as process:
         assert process.stdin is not None and process.stdout is not None
         try:
             line = process.stdout.readline()
@@ -72,9 +78,10 @@ def parse(output: str) -> dict[str, float]:
     return report
 
 
-def collect(samples: Samples, name: str, run: Run) -> None:
+def collect(samples: Samples, name: str, run: Run, *, own_session: bool = False) -> None:
     """Run it on this machine and keep its figures."""
-    output = subprocess.check_output([str(program()), *run], timeout=_RUN_S, text=True)
+    command = [str(program()), *run]
+    output = subprocess.check_output(command, timeout=_RUN_S, text=True, start_new_session=own_session)
     samples.setdefault(name, []).append(parse(output))
 
 

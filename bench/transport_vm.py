@@ -75,6 +75,8 @@ def _machines(directory: Path) -> Iterator[dict[str, Machine]]:
                 transport=choice,  # type: ignore[arg-type]
                 register=Registration(admin, quota_bytes=200 * _MIB),
                 files={_PROGRAM: program().read_bytes()},
+                # virtio-blk is to answer from the host's page cache.
+                disk_cache="writeback",
             )
             found[name] = stack.enter_context(machine.up(request, print))
         yield found

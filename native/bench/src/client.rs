@@ -1,13 +1,14 @@
 //! A tmem client: fills a pool, then times gets or puts in batches, with some frames in flight.
 
 use std::io::{Read, Write};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use tmem_store::{Store, StoreConfig, VmLimits};
-use tmem_wire::pages::{write_keys, PutWriter, GET_ENTRY_BYTES, KEY_BYTES, PUT_ENTRY_BYTES};
+use tmem_wire::pages::{decode_got, write_keys, PutWriter, GET_ENTRY_BYTES, KEY_BYTES, PUT_ENTRY_BYTES};
 use tmem_wire::{
-    Encoding, Features, Header, HelloRequest, Key, Op, PoolCreate, PoolKind, PutStatus, Role, HEADER_BYTES,
-    MAX_BODY_BYTES, PAGE_BYTES, VERSION,
+    Encoding, Features, GetStatus, Header, HelloRequest, Key, Op, PoolCreate, PoolKind, PutStatus, Role,
+    HEADER_BYTES, MAX_BODY_BYTES, PAGE_BYTES, VERSION,
 };
 
 use crate::endpoint::{Endpoint, Stream};
@@ -58,6 +59,9 @@ pub(crate) struct Arguments {
     /// Pause between frames, for a client that is not alone in the world.
     #[arg(long, default_value_t = 0)]
     pause_us: u64,
+    /// Look whether every page that comes back is the one that was put; not for measuring.
+    #[arg(long)]
+    verify: bool,
     /// Most bytes in one write; 0 for no limit. Needed with vhost-device-vsock.
     #[arg(long, default_value_t = 0)]
     write_bytes: usize,
@@ -68,8 +72,16 @@ pub(crate) struct Client {
     pub(crate) stream: Box<dyn Stream>,
     pub(crate) pool: u32,
     write_bytes: usize,
-    body: Vec<u8>,
+    /// What has arrived: the answers before `next` are dealt with.
+    input: Vec<u8>,
+    arrived: usize,
+    next: usize,
+    /// Where the body of the latest answer is.
+    body: Range<usize>,
 }
+
+/// Room for the largest answer and the start of the next.
+const INPUT_BYTES: usize = HEADER_BYTES + MAX_BODY_BYTES + 64 * 1024;
 
 /// The page of `index`.
 pub(crate) fn page(content: Content, index: u32) -> [u8; PAGE_BYTES] {
@@ -93,7 +105,8 @@ impl Client {
     /// Connect and make a pool.
     pub(crate) fn connect(endpoint: &Endpoint, write_bytes: usize, name: &str) -> Result<Client, Failure> {
         let stream = endpoint.connect()?;
-        let mut client = Client { stream, pool: 0, write_bytes, body: Vec::new() };
+        let input = vec![0; INPUT_BYTES];
+        let mut client = Client { stream, pool: 0, write_bytes, input, arrived: 0, next: 0, body: 0..0 };
         let mut program = [0; 24];
         program[..10].copy_from_slice(b"tmem-bench");
         let hello = HelloRequest {
@@ -126,18 +139,42 @@ impl Client {
         Ok(())
     }
 
-    /// Read an answer; its body is in `self.body` then.
+    /// Read an answer, in one go if it is there, as the guest's programs do.
     pub(crate) fn answer(&mut self) -> Result<Header, Failure> {
-        let mut head = [0; HEADER_BYTES];
-        self.stream.read_exact(&mut head)?;
-        let header = Header::decode(&head)?;
-        self.body.resize(header.length as usize, 0);
-        self.stream.read_exact(&mut self.body)?;
+        self.receive(HEADER_BYTES)?;
+        let head = self.input[self.next..].first_chunk().ok_or("no header")?;
+        let header = Header::decode(head)?;
+        let whole = HEADER_BYTES + header.length as usize;
+        self.receive(whole)?;
+        self.body = self.next + HEADER_BYTES..self.next + whole;
+        self.next += whole;
         if header.status != 0 {
-            let reason = String::from_utf8_lossy(&self.body);
+            let reason = String::from_utf8_lossy(self.body());
             return Err(format!("the server answered {:?} with {reason}", header.op).into());
         }
         Ok(header)
+    }
+
+    /// The body of the latest answer.
+    fn body(&self) -> &[u8] {
+        &self.input[self.body.clone()]
+    }
+
+    /// Read until so many bytes are there that are not dealt with.
+    fn receive(&mut self, wanted: usize) -> Result<(), Failure> {
+        if self.next == self.arrived {
+            (self.next, self.arrived) = (0, 0);
+        } else if self.next + wanted > self.input.len() {
+            self.input.copy_within(self.next..self.arrived, 0);
+            (self.next, self.arrived) = (0, self.arrived - self.next);
+        }
+        while self.arrived - self.next < wanted {
+            match self.stream.read(&mut self.input[self.arrived..])? {
+                0 => return Err("the server closed the connection".into()),
+                bytes => self.arrived += bytes,
+            }
+        }
+        Ok(())
     }
 
     /// Put all pages.
@@ -149,8 +186,8 @@ impl Client {
             put_frame(&mut out, 3, self.pool, content, part);
             self.send(&out)?;
             self.answer()?;
-            if self.body.iter().any(|status| *status != PutStatus::Stored as u8) {
-                return Err(format!("a put was refused: {:?}", self.body).into());
+            if self.body().iter().any(|status| *status != PutStatus::Stored as u8) {
+                return Err(format!("a put was refused: {:?}", self.body()).into());
             }
         }
         Ok(())
@@ -179,9 +216,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     // Frames are made beforehand: it is the transport and the server that are measured.
     let frames: Vec<Vec<u8>> = (0..64u32)
         .map(|frame| {
-            let indices: Vec<u32> = (0..arguments.batch as u32)
-                .map(|at| (frame * 97 + at * 31 + frame * at) % arguments.pages)
-                .collect();
+            let indices: Vec<u32> =
+                (0..arguments.batch as u32).map(|at| index(arguments, frame, at)).collect();
             let mut out = Vec::new();
             match arguments.work {
                 Work::Get => {
@@ -210,6 +246,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         if usize::from(header.count) != arguments.batch {
             return Err("an answer is incomplete".into());
         }
+        if arguments.verify && arguments.work == Work::Get {
+            let frame = (answered % frames.len()) as u32;
+            verify(&header, client.body(), arguments, frame)?;
+        }
         if answered >= warm_up {
             times.push(sent_at[answered].elapsed());
             bytes += (HEADER_BYTES + client.body.len()) as u64;
@@ -237,6 +277,22 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         .number("mean_answer_bytes", bytes as f64 / frames_timed)
         .times(times)
         .print();
+    Ok(())
+}
+
+/// The page at place `at` of a frame.
+fn index(arguments: &Arguments, frame: u32, at: u32) -> u32 {
+    (frame * 97 + at * 31 + frame * at) % arguments.pages
+}
+
+/// Hold an answer against what was put.
+fn verify(header: &Header, body: &[u8], arguments: &Arguments, frame: u32) -> Result<(), Failure> {
+    for (at, got) in (0..).zip(decode_got(header, body)?) {
+        let index = index(arguments, frame, at);
+        if got.status != GetStatus::Hit || got.payload != page(arguments.content, index) {
+            return Err(format!("page {index} did not come back as it was put").into());
+        }
+    }
     Ok(())
 }
 
@@ -292,6 +348,8 @@ pub(crate) fn run_store(arguments: &StoreArguments) -> Result<(), Failure> {
         out.clear();
         for at in 0..32u32 {
             let index = (done + at * 31) % arguments.pages;
+            // As a session does with a batch.
+            store.expect(&pool, &key((done + at * 31 + 31) % arguments.pages));
             match arguments.work {
                 Work::Get => {
                     store.get(&pool, &key(index), false, &mut out);

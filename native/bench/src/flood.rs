@@ -1,5 +1,7 @@
 //! A guest that misbehaves. Each way goes on until the time is up; what the server does about it is its business.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tmem_wire::pages::write_keys;
@@ -27,7 +29,7 @@ pub(crate) enum Way {
     Garbage,
 }
 
-#[derive(clap::Args)]
+#[derive(Clone, clap::Args)]
 pub(crate) struct Arguments {
     /// The server.
     endpoint: Endpoint,
@@ -43,31 +45,29 @@ pub(crate) struct Arguments {
 }
 
 /// Flood.
-#[allow(clippy::unnecessary_wraps)] // as the other commands
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
-    let until = Instant::now() + Duration::from_secs_f64(arguments.seconds);
-    let done: u64 = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..arguments.connections)
-            .map(|_| {
-                scope.spawn(|| {
-                    let mut done = 0;
-                    while Instant::now() < until {
-                        // The server may refuse, cut off or throttle: try again, at once.
-                        match once(arguments, until) {
-                            Ok(count) => done += count,
-                            Err(_) => std::thread::sleep(Duration::from_micros(200)),
-                        }
-                    }
-                    done
-                })
-            })
-            .collect();
-        threads.into_iter().map(|thread| thread.join().unwrap_or(0)).sum()
-    });
+    let time = Duration::from_secs_f64(arguments.seconds);
+    let until = Instant::now() + time;
+    let done = Arc::new(AtomicU64::new(0));
+    for number in 0..arguments.connections {
+        let (arguments, done) = (arguments.clone(), done.clone());
+        std::thread::Builder::new().name(format!("flood {number}")).spawn(move || {
+            while Instant::now() < until {
+                // The server may refuse, cut off or throttle: try again, at once.
+                if let Ok(count) = once(&arguments, until) {
+                    done.fetch_add(count, Ordering::Relaxed);
+                } else {
+                    std::thread::sleep(Duration::from_micros(200));
+                }
+            }
+        })?;
+    }
+    // Not joined: a thread whose answers are not read may be stuck until the server cuts it off.
+    std::thread::sleep(time);
     Report::default()
         .text("what", "flood")
         .text("way", &format!("{:?}", arguments.way))
-        .number("done", done as f64)
+        .number("done", done.load(Ordering::Relaxed) as f64)
         .print();
     Ok(())
 }

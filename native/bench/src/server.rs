@@ -26,6 +26,9 @@ pub(crate) struct Arguments {
     /// A keeper for them.
     #[arg(long)]
     keeper: Option<PathBuf>,
+    /// Listen on AF_VSOCK too, where this peer CID is the first VM; 1 is this machine, with `vsock_loopback`.
+    #[arg(long)]
+    vsock_cid: Option<u32>,
     /// Size of the store.
     #[arg(long, default_value_t = 512)]
     capacity_mib: u64,
@@ -60,7 +63,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     for (at, name) in (0..).zip(&arguments.vms) {
         let dir = arguments.dir.join(name);
         let spec = VmSpec {
-            cid: None,
+            cid: arguments.vsock_cid.filter(|_| at == 0),
             hybrid_socket: Some(dir.join("vsock.sock")),
             vhost_user_socket: arguments.vhost_user.then(|| dir.join("vhost.sock")),
             guest_cid: arguments.vhost_user.then_some(10 + at),
@@ -72,6 +75,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
             persistent_max_bytes: capacity_bytes,
         };
         engine.add_vm(name, &spec, &limits)?;
+    }
+    if arguments.vsock_cid.is_some() {
+        engine.listen_vsock(tmem_wire::PORT)?;
     }
     Report::default().text("what", "ready").number("pid", f64::from(std::process::id())).print();
     // Ends when whoever started this closes the pipe, or dies.
