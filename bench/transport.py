@@ -4,8 +4,8 @@
 (b) From inside a VM, over tmemd's own vsock device: `vhost-device-vsock` and a socket, a bare ping-pong over
     vsock, a virtio-blk read that the host answers from its page cache.
 
-Prints a table; writes `build/bench/transport.json` and `build/bench/transport.svg`: latency by percentile, as
-HDR histograms are drawn. With `unix` or `vm` as argument, only that part is measured; the file keeps the other
+Prints a table; writes `build/bench/transport.json` and, beside it, `transport.svg`: latency by percentile, as
+HDR histograms are. With `unix` or `vm` as argument, only that part is measured; the file keeps the other
 part's figures of before, and the drawing goes to `build/bench/transport-PART.svg`.
 """
 
