@@ -16,6 +16,7 @@ use crate::engine::Engine;
 use crate::limits::{Limits, Turn, MAX_FRAME_BYTES, OUT_HIGH_WATER, SMALL_FRAME_BYTES};
 use crate::outbox::{Wake, Waker};
 use crate::polling::Habit;
+use crate::scheduling;
 use crate::session::{Session, State};
 use crate::vm::Vm;
 
@@ -56,6 +57,7 @@ pub(crate) fn start(engine: &Arc<Engine>, vm: &Arc<Vm>, socket: OwnedFd, peer: S
     };
     let engine = engine.clone();
     thread::Builder::new().name(format!("vm {}", vm.name)).stack_size(STACK_BYTES).spawn(move || {
+        scheduling::prefer_latency();
         let mut connection = Connection::new(&engine, &signal, session);
         if let End::TimedOut(what) = connection.run() {
             connection.session.timed_out(what);
@@ -110,16 +112,17 @@ impl<'a> Connection<'a> {
             return End::Closed;
         }
         loop {
-            let fed = {
+            let (fed, sent) = {
                 let _turn = self.turn(&vm);
-                self.session.feed(self.input.bytes(), &mut self.out)
+                let fed = self.session.feed(self.input.bytes(), &mut self.out);
+                // Copying answers is work as well. What does not fit waits outside: a guest that does not read must
+                // not keep its VM's other connections waiting.
+                (fed, self.send_now())
             };
-            let Ok(progress) = fed else {
-                let _ = self.send();
-                return End::Closed;
-            };
+            let sent = sent.and_then(|sent| self.send_rest(sent));
+            let Ok(progress) = fed else { return End::Closed };
             self.input.consume(progress.consumed);
-            if let Err(end) = self.send() {
+            if let Err(end) = sent {
                 return end;
             }
             match progress.state {
@@ -142,8 +145,7 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Wait for the VM's turn, if it is not alone. Not held while sending: a guest that does not read must not keep
-    /// its VM's other connections waiting.
+    /// Wait for the VM's turn, if it is not alone.
     fn turn<'v>(&self, vm: &'v Vm) -> Option<Turn<'v>> {
         (!self.input.is_empty() && self.engine.company.is_at_work(vm.id.0)).then(|| vm.turnstile.enter())
     }
@@ -161,8 +163,21 @@ impl<'a> Connection<'a> {
         }
     }
 
-    fn send(&mut self) -> Result<(), End> {
-        let mut rest = &self.out[..];
+    /// Send what the socket takes at once; returns how much that was.
+    fn send_now(&self) -> Result<usize, End> {
+        if self.out.is_empty() {
+            return Ok(0);
+        }
+        match net::send(&self.signal.socket, &self.out, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+            Ok(sent) => Ok(sent),
+            Err(Errno::INTR | Errno::AGAIN) => Ok(0),
+            Err(_) => Err(End::Closed),
+        }
+    }
+
+    /// Send what comes after the first `sent` bytes, waiting for the guest to read.
+    fn send_rest(&mut self, sent: usize) -> Result<(), End> {
+        let mut rest = &self.out[sent..];
         let mut deadline = None;
         while !rest.is_empty() {
             match net::send(&self.signal.socket, rest, SendFlags::NOSIGNAL) {

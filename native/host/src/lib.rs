@@ -19,6 +19,7 @@
 //! | [`outbox`] | how other threads reach a session: notices, closing |
 //! | [`connection`] | a session on a socket |
 //! | [`polling`] | bounded busy polling before a thread sleeps |
+//! | `scheduling` | what the threads that serve guests ask of the kernel's scheduler |
 //! | [`listener`] | sockets on which guests arrive |
 //! | [`limits`] | what a VM may use: connections, memory in flight, pages a second |
 //! | [`vhost_user`] | a vsock device whose guest's streams end here |
@@ -34,6 +35,7 @@ pub mod listener;
 pub mod operations;
 pub mod outbox;
 pub mod polling;
+mod scheduling;
 pub mod session;
 pub mod vhost_user;
 pub mod vm;

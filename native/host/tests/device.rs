@@ -183,6 +183,38 @@ fn a_service_answers() {
 }
 
 #[test]
+fn what_the_guest_sent_is_handed_back_together_and_before_long() {
+    let mut bench = Bench::new();
+    let stream = key(ECHO, 50);
+    bench.open(stream);
+    let used = |bench: &Bench| bench.driver.from_guest.used_index(&bench.driver.memory);
+    let start = used(&bench);
+    for _ in 0..3 {
+        bench.driver.send(&packet(stream, Op::Data, 8), &pattern(8));
+        assert_eq!(data(&bench.poll()), pattern(8), "the answer does not wait");
+    }
+    assert_eq!(used(&bench), start, "three packets are not worth an interrupt");
+    let due = bench.device.deadline().expect("they are not forgotten");
+    bench.now = due;
+    bench.poll();
+    assert_eq!(used(&bench), start + 3);
+    assert_eq!(bench.device.deadline(), None);
+    for _ in 0..40 {
+        bench.driver.send(&packet(stream, Op::Data, 8), &pattern(8));
+        bench.poll();
+    }
+    assert!(used(&bench) >= start + 3 + 32, "many are worth one at once");
+    bench.driver.send(&packet(stream, Op::Shutdown, 0), &[]);
+    bench.poll();
+    assert_eq!(used(&bench), start + 44, "what must not be taken twice is handed back at once");
+    bench.driver.send(&packet(key(ECHO, 51), Op::Request, 0), &[]);
+    bench.driver.send(&packet(key(ECHO, 51), Op::Data, 8), &pattern(8));
+    bench.poll();
+    bench.stop();
+    assert_eq!(used(&bench), start + 46, "nothing is held over a pause");
+}
+
+#[test]
 fn packets_may_be_cut_anywhere() {
     let mut bench = Bench::new();
     let stream = key(ECHO, 50);

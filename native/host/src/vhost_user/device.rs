@@ -5,18 +5,21 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use super::chain::{Direction, FromGuest, Segments, ToGuest};
 use super::counters::{add, Counters};
 use super::front::{FrontState, EVENTS, FROM_GUEST, RINGS, TO_GUEST};
+use super::packet::Op;
 use super::ring::{signal, Layout, Ring, RingError};
 use super::streams::{Opener, Streams};
 
 /// Packets taken or sent before other things get their turn.
 const BUDGET: usize = 256;
+/// How long the guest may wait for the memory of packets it sent.
+const HOLD: Duration = Duration::from_millis(1);
 /// The event that tells a driver to reset all its streams.
 const TRANSPORT_RESET: u32 = 0;
 
@@ -40,6 +43,8 @@ pub struct Device {
     /// The streams.
     pub streams: Streams,
     segments: Segments,
+    /// When chains the guest's ring holds back are to be released.
+    held_until: Option<Instant>,
     counters: Arc<Counters>,
 }
 
@@ -54,12 +59,15 @@ impl Device {
             stopped_at: [None; RINGS],
             streams,
             segments: Segments::default(),
+            held_until: None,
             counters,
         }
     }
 
-    /// Write the avail indices of running rings into the front end's state, before it is asked for them.
+    /// Write the avail indices of running rings into the front end's state, before it is asked for them. Everything
+    /// before them is handed back.
     pub fn sync_bases(&mut self) {
+        self.release();
         for (slot, vring) in self.rings.iter().zip(&mut self.front.vrings) {
             if let Slot::Running(ring, _) = slot {
                 vring.base = ring.base();
@@ -104,7 +112,29 @@ impl Device {
         }
     }
 
+    /// Hand back the packets of the guest that were held.
+    fn release(&mut self) {
+        self.held_until = None;
+        let Some(memory) = self.memory.clone() else { return };
+        let Slot::Running(ring, _) = &mut self.rings[FROM_GUEST] else { return };
+        if !ring.is_holding() {
+            return;
+        }
+        match ring.release(&memory) {
+            Ok(()) => self.call(FROM_GUEST),
+            Err(error) => self.give_up(FROM_GUEST, &error),
+        }
+    }
+
+    /// When [`Device::serve`] is to be called even if nothing happens.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.held_until
+    }
+
     fn stop(&mut self, index: usize) {
+        if index == FROM_GUEST {
+            self.release();
+        }
         if let Slot::Running(ring, layout) = &self.rings[index] {
             self.front.vrings[index].base = ring.base();
             self.stopped_at[index] = Some((*layout, ring.base()));
@@ -196,6 +226,9 @@ impl Device {
     /// Move packets both ways, up to a budget. Returns whether anything moved.
     pub fn serve(&mut self, opener: &mut dyn Opener, now: Instant) -> bool {
         let Some(memory) = self.memory.clone() else { return false };
+        if self.held_until.is_some_and(|until| until <= now) {
+            self.release();
+        }
         let received = self.serve_from_guest(&memory, opener, now);
         let sent = self.serve_to_guest(&memory, now);
         // Answers first: the guest's task waits for them, and for its sent packets nobody does.
@@ -221,6 +254,7 @@ impl Device {
                 Err(error) => break Err(error),
             };
             packets += 1;
+            let mut hold = false;
             let head = chain.head_index();
             let parsed = self
                 .segments
@@ -229,6 +263,8 @@ impl Device {
             match parsed {
                 Ok(mut packet) => {
                     let header = packet.header;
+                    // Should this process die, its successor takes what is held again. These of an ended stream do no harm.
+                    hold = matches!(header.operation(), Some(Op::Data | Op::CreditUpdate));
                     self.streams.receive(&header, &mut packet, opener, now);
                 }
                 Err(error) => {
@@ -236,8 +272,14 @@ impl Device {
                     tracing::debug!(vm = %self.vm, %error, "a chain from the guest is dropped");
                 }
             }
-            if let Err(error) = ring.push(memory, head, 0) {
+            let done = if hold { ring.hold(memory, head) } else { ring.push(memory, head, 0) };
+            if let Err(error) = done {
                 break Err(error);
+            }
+            if !ring.is_holding() {
+                self.held_until = None;
+            } else if self.held_until.is_none() {
+                self.held_until = Some(now + HOLD);
             }
         };
         if let Err(error) = outcome {

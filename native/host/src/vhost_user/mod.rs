@@ -125,7 +125,10 @@ impl VsockDevice {
             .map_err(failed)?;
         let thread = thread::Builder::new()
             .name(format!("vsock {}", vm.name))
-            .spawn(move || worker.run())
+            .spawn(move || {
+                crate::scheduling::prefer_latency();
+                worker.run();
+            })
             .map_err(failed)?;
         Ok(VsockDevice { waker, counters, paths, thread: Some(thread) })
     }

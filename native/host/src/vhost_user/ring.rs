@@ -9,6 +9,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// Largest ring accepted; QEMU's default for vsock is 128.
 pub const MAX_RING: u16 = 1024;
+/// Chains held back at most, and at most a quarter of the ring.
+const HELD_MOST: u16 = 16;
 /// Avail-ring flag of a driver that negotiated no event index: do not interrupt.
 const NO_INTERRUPT: u16 = 1;
 
@@ -26,6 +28,9 @@ pub struct Ring {
     queue: Queue,
     /// Used entries added since the driver was last considered for an interrupt.
     added: bool,
+    /// Chains that are done with but not handed back yet, oldest first.
+    held: Vec<u16>,
+    held_most: usize,
 }
 
 /// Where the front end says a ring lies (guest physical addresses) and how it is used.
@@ -59,7 +64,8 @@ impl Ring {
         queue.set_next_avail(base);
         let used = queue.used_idx(memory, Ordering::Acquire).map_err(broken)?;
         queue.set_next_used(used.0);
-        Ok(Ring { queue, added: false })
+        let held_most = HELD_MOST.min(layout.size / 4).max(1).into();
+        Ok(Ring { queue, added: false, held: Vec::with_capacity(held_most), held_most })
     }
 
     /// The avail index to resume from when the state of the process that served this ring is lost: all chains before
@@ -92,8 +98,33 @@ impl Ring {
 
     /// Hand a chain back to the driver with `length` bytes written to it.
     pub fn push(&mut self, memory: &GuestMemoryMmap, head: u16, length: u32) -> Result<(), RingError> {
+        self.release(memory)?;
         self.added = true;
         self.queue.add_used(memory, head, length).map_err(broken)
+    }
+
+    /// Hand a chain back some time later, together with others: each time costs the driver an interrupt and a look
+    /// at the ring, for memory it seldom waits for. The caller sees to [`Ring::release`] before long.
+    pub fn hold(&mut self, memory: &GuestMemoryMmap, head: u16) -> Result<(), RingError> {
+        self.held.push(head);
+        if self.held.len() >= self.held_most {
+            self.release(memory)?;
+        }
+        Ok(())
+    }
+
+    /// Hand back what was held.
+    pub fn release(&mut self, memory: &GuestMemoryMmap) -> Result<(), RingError> {
+        for head in self.held.drain(..) {
+            self.added = true;
+            self.queue.add_used(memory, head, 0).map_err(broken)?;
+        }
+        Ok(())
+    }
+
+    /// Whether chains are held.
+    pub fn is_holding(&self) -> bool {
+        !self.held.is_empty()
     }
 
     /// Whether the driver has made a chain available.

@@ -84,6 +84,9 @@ impl Opener for Doors {
     fn open(&mut self, port: u32, token: u64) -> Result<Opened, Refused> {
         if port == tmem_wire::PORT {
             let Some(engine) = self.engine.upgrade() else { return Err(Refused("shutting down".into())) };
+            if self.vm.arrivals.take(1, Instant::now()).is_err() {
+                return Err(Refused("too many connections in a short time".into()));
+            }
             let service = SessionService::open(&engine, &self.vm, token, &self.waker)
                 .ok_or_else(|| Refused("too many connections, or shutting down".into()))?;
             let peer = Box::new(Local::new(Box::new(service)));
@@ -266,7 +269,12 @@ impl Worker {
             if self.device.arm() {
                 continue;
             }
-            let deadline = [self.device.streams.deadline(), self.keeper_retry, self.greeting_deadline()];
+            let deadline = [
+                self.device.streams.deadline(),
+                self.device.deadline(),
+                self.keeper_retry,
+                self.greeting_deadline(),
+            ];
             let timeout = deadline.into_iter().flatten().min().map(|at| at.saturating_duration_since(now));
             self.handle_events(timeout);
             self.habit.waited(began.elapsed());
