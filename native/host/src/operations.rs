@@ -102,15 +102,7 @@ pub(crate) fn flush_page(
     out: &mut Vec<u8>,
 ) -> Result<(), WireError> {
     let keys = pages::decode_keys(header, body)?;
-    let Some(pool) = pool(store, vm, header, out) else { return Ok(()) };
-    let mut statuses = [0; MAX_BATCH];
-    let mut count = 0;
-    for key in keys {
-        let status: FlushStatus = store.flush_page(&pool, &key);
-        statuses[count] = status as u8;
-        count += 1;
-    }
-    pages::write_statuses(header, &statuses[..count], out);
+    flush_each(store, vm, header, keys, out, |pool, key| store.flush_page(pool, &key));
     Ok(())
 }
 
@@ -122,16 +114,33 @@ pub(crate) fn flush_object(
     out: &mut Vec<u8>,
 ) -> Result<(), WireError> {
     let objects = pages::decode_objects(header, body)?;
-    let Some(pool) = pool(store, vm, header, out) else { return Ok(()) };
+    flush_each(store, vm, header, objects, out, |pool, object| {
+        if store.flush_object(pool, &object) > 0 {
+            FlushStatus::Flushed
+        } else {
+            FlushStatus::Absent
+        }
+    });
+    Ok(())
+}
+
+/// Flush what a batch names, one entry after the other, and answer with their statuses.
+fn flush_each<T>(
+    store: &Store,
+    vm: &Vm,
+    header: &Header,
+    batch: impl Iterator<Item = T>,
+    out: &mut Vec<u8>,
+    mut flush: impl FnMut(&PoolRef, T) -> FlushStatus,
+) {
+    let Some(pool) = pool(store, vm, header, out) else { return };
     let mut statuses = [0; MAX_BATCH];
     let mut count = 0;
-    for object in objects {
-        let flushed = store.flush_object(&pool, &object) > 0;
-        statuses[count] = if flushed { FlushStatus::Flushed } else { FlushStatus::Absent } as u8;
+    for entry in batch {
+        statuses[count] = flush(&pool, entry) as u8;
         count += 1;
     }
     pages::write_statuses(header, &statuses[..count], out);
-    Ok(())
 }
 
 pub(crate) fn flush_pool(store: &Store, vm: &Vm, header: &Header, out: &mut Vec<u8>) {
