@@ -160,6 +160,9 @@ fn ready(device: &str) {
 
 /// Serve the device until it is taken away.
 pub fn run(args: &Args) -> Result<(), Box<dyn Error>> {
+    if !matches!(args.device, Device::Serve(_)) {
+        crate::log::spare_files();
+    }
     protect::protect(args.require_protection)?;
     let file = file::prepare(&args.file, args.pages)?;
     let shared = Shared::map(args.pages)?;

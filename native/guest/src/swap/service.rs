@@ -27,7 +27,7 @@ use super::Args;
 use crate::link::{hello, Link};
 
 /// Threads need little; whatever they have is locked into memory.
-const STACK_BYTES: usize = 96 * 1024;
+const STACK_BYTES: usize = 56 * 1024;
 
 /// What the parts of the serving process share.
 pub(super) struct Service<'a> {
@@ -180,7 +180,9 @@ impl<'a> Service<'a> {
             }
             lanes => lanes?,
         };
-        super::ready(&path);
+        if recovered.is_none() {
+            super::ready(&path);
+        }
         let claimed = self.wait_for_the_end(&signals, &path, || device.claim())?;
         if claimed.is_some() {
             driver.stop(device)?;
@@ -197,7 +199,8 @@ impl<'a> Service<'a> {
     pub(super) fn serve_nbd(&self, driver: &mut nbd::device::Driver) -> Result<(), Box<dyn Error>> {
         let signals = Signals::block(&[libc::SIGTERM, libc::SIGINT, libc::SIGUSR1])?;
         let Args { pages, queues, depth, .. } = *self.args;
-        let (device, sockets) = match self.take_over() {
+        let recovered = self.take_over();
+        let (device, sockets) = match recovered {
             Some(number) => driver.recover(number, queues)?,
             None => driver.add(pages, queues)?,
         };
@@ -210,7 +213,9 @@ impl<'a> Service<'a> {
             .collect::<io::Result<_>>()?;
         self.start(path.clone())?;
         device.tune()?;
-        super::ready(&path);
+        if recovered.is_none() {
+            super::ready(&path);
+        }
         let claimed = self.wait_for_the_end(&signals, &path, || device.claim())?;
         if claimed.is_none() {
             // The kernel gave a connection up. A new process makes new ones; the kernel repeats what it asked.
