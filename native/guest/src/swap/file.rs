@@ -162,7 +162,7 @@ fn write_once(file: &File, page: &mut Aligned) -> io::Result<()> {
     // SAFETY: the page outlives the wait for the completion below.
     unsafe { ring.push(entry.build(), Token::new(Source::File, 0)) };
     loop {
-        ring.wait(Duration::from_secs(1))?;
+        ring.wait(1, Duration::from_secs(1))?;
         match ring.completion() {
             Some((_, result)) if usize::try_from(result) == Ok(PAGE_BYTES) => return Ok(()),
             Some((_, result)) => return Err(io::Error::from_raw_os_error(result.saturating_neg())),

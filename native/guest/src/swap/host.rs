@@ -52,6 +52,8 @@ pub(super) struct Host {
     filling: usize,
     sent: usize,
     sending: bool,
+    /// What is being sent is all there is to send.
+    sending_last: bool,
     receiving: bool,
     input: Input,
     last_sent: Instant,
@@ -68,8 +70,9 @@ impl Host {
             filling: 0,
             sent: 0,
             sending: false,
+            sending_last: false,
             receiving: false,
-            input: Input { buffer: vec![0; FRAME_BYTES + FRAME_BYTES / 4], start: 0, end: 0 },
+            input: Input { buffer: vec![0; FRAME_BYTES], start: 0, end: 0 },
             last_sent: now,
             last_heard: now,
             pinged: false,
@@ -148,7 +151,13 @@ impl Host {
         // SAFETY: this buffer is not the one being filled; it is cleared only after its last completion.
         unsafe { ring.push(entry.build(), Token::new(Source::Send, 0)) };
         self.sending = true;
+        self.sending_last = bytes == rest.len() && self.out[self.filling].is_empty();
         self.last_sent = now;
+    }
+
+    /// Whether a send is under way after which there is nothing more to send.
+    pub(super) fn is_sending_last(&self) -> bool {
+        self.sending && self.sending_last
     }
 
     /// A send is over.

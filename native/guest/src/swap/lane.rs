@@ -15,7 +15,7 @@ use io_uring::{opcode, types};
 use rustix::event::{eventfd, EventfdFlags};
 use tmem_wire::PAGE_BYTES;
 
-use super::core::{Core, Direction, Io, Options, OWN_SLOTS};
+use super::core::{Core, Direction, Io, Options, MOVERS, OWN_SLOTS};
 use super::front::{Context, Event, Front};
 use super::host::{Broken, Connection, Host, Input};
 use super::ring::{Buffers, Ring, Source, Token};
@@ -31,6 +31,9 @@ const WAITING: Duration = Duration::from_millis(1);
 const AWAY: Duration = Duration::from_millis(50);
 /// While reclaim waits for its rate to allow more.
 const RECLAIMING: Duration = Duration::from_millis(4);
+
+/// Bytes on their way that surely fit into a socket's buffers, at this end and the other.
+const UNBLOCKED_BYTES: usize = 64 * 1024;
 
 /// What other threads leave for a lane.
 #[derive(Debug)]
@@ -88,6 +91,10 @@ struct Hands {
 }
 
 impl Io for Hands {
+    fn requests(&mut self) -> &mut Vec<u8> {
+        self.host.requests()
+    }
+
     fn frame(&mut self, slot: usize) -> (&mut Vec<u8>, &mut [u8]) {
         (self.host.requests(), self.buffers.slot(slot))
     }
@@ -127,7 +134,7 @@ impl<F: Front> Lane<F> {
         let core = Core::new(setup.shared, setup.number, setup.depth, setup.options, now);
         let hands = Hands {
             ring: Ring::new(256)?,
-            buffers: Buffers::new(slots)?,
+            buffers: Buffers::new(setup.depth + MOVERS)?,
             host: Host::new(now),
             file: setup.file,
             done: VecDeque::with_capacity(slots),
@@ -155,7 +162,7 @@ impl<F: Front> Lane<F> {
                 self.hands.host.drop_connection();
                 return self.settle();
             }
-            self.hands.ring.wait(self.pause())?;
+            self.hands.ring.wait(self.awaited(), self.pause())?;
             self.core.set_time(Instant::now());
             while let Some((token, result)) = self.hands.ring.completion() {
                 self.completed(token, result);
@@ -175,7 +182,7 @@ impl<F: Front> Lane<F> {
                     "the ring did not settle within 5 s after the device went away",
                 ));
             }
-            self.hands.ring.wait(Duration::from_millis(100))?;
+            self.hands.ring.wait(1, Duration::from_millis(100))?;
             while let Some((token, result)) = self.hands.ring.completion() {
                 match token.source {
                     Source::Send => drop(self.hands.host.was_sent(result)),
@@ -185,6 +192,13 @@ impl<F: Front> Lane<F> {
             }
         }
         Ok(())
+    }
+
+    /// How many completions are worth waking up for. With so little under way, a send completes as it is handed over,
+    /// and calls for nothing: to return with it alone would cost every request a system call.
+    fn awaited(&self) -> usize {
+        let little = self.core.in_flight_bytes() <= UNBLOCKED_BYTES;
+        1 + usize::from(little && self.hands.host.is_sending_last())
     }
 
     fn pause(&self) -> Duration {

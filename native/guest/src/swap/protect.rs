@@ -131,12 +131,13 @@ pub fn protect(required: bool) -> Result<Vec<Protection>, io::Error> {
     Ok(missing)
 }
 
-/// One heap for all threads: a heap each would be locked into memory for nothing.
+/// One heap for all threads: a heap each would be locked into memory for nothing, like what was freed of this one.
 fn small_heap() {
     // SAFETY: called before there are other threads; both settings are plain numbers.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
         libc::mallopt(libc::M_TOP_PAD, 16 * 1024);
+        libc::malloc_trim(0);
     }
 }
 

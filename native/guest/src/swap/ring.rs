@@ -68,8 +68,12 @@ pub(super) struct Ring {
 
 impl Ring {
     pub(super) fn new(entries: u32) -> io::Result<Ring> {
-        let ring =
-            IoUring::builder().setup_cqsize(entries * 4).setup_clamp().build(entries).map_err(|error| {
+        let mut settings = IoUring::builder();
+        settings.setup_cqsize(entries * 4).setup_clamp();
+        // What completes waits until this thread asks for it, instead of interrupting it. Linux 6.1 can do that.
+        let ring = (settings.clone().setup_single_issuer().setup_defer_taskrun().build(entries))
+            .or_else(|_| settings.build(entries))
+            .map_err(|error| {
                 let hint = match error.raw_os_error() {
                     Some(libc::EPERM | libc::ENOSYS) => {
                         "; the swap shim needs io_uring: check the sysctl kernel.io_uring_disabled"
@@ -97,11 +101,11 @@ impl Ring {
         self.outstanding += 1;
     }
 
-    /// Hand over what was queued and wait for a completion, at most this long.
-    pub(super) fn wait(&mut self, timeout: Duration) -> io::Result<()> {
+    /// Hand over what was queued and wait for `completions` of them, at most this long.
+    pub(super) fn wait(&mut self, completions: usize, timeout: Duration) -> io::Result<()> {
         let timespec = types::Timespec::from(timeout);
         let args = types::SubmitArgs::new().timespec(&timespec);
-        match self.ring.submitter().submit_with_args(1, &args) {
+        match self.ring.submitter().submit_with_args(completions, &args) {
             Ok(_) => Ok(()),
             Err(error) => match error.raw_os_error() {
                 Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
@@ -191,7 +195,7 @@ mod tests {
     #[test]
     fn a_wait_ends_without_completions() {
         let mut ring = Ring::new(8).unwrap();
-        ring.wait(Duration::from_millis(5)).unwrap();
+        ring.wait(1, Duration::from_millis(5)).unwrap();
         assert_eq!(ring.completion(), None);
     }
 }

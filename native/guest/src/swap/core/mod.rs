@@ -38,13 +38,15 @@ use tidy::Tidy;
 /// Most pages in one read or write.
 pub const MAX_PAGES: usize = 16;
 /// Slots of a lane's own for reclaim and flushing, after those of its front end.
-pub const OWN_SLOTS: usize = tidy::MOVERS + 1;
+pub const OWN_SLOTS: usize = MOVERS + 1;
+/// Those of them that move pages, which are the first; the last has no data.
+pub const MOVERS: usize = 2;
 /// Puts that may be given up at a time; more wait for their answers.
 const ABANDONED: usize = 64;
 /// Epochs move on at most this often when puts are given up, so that they do not come round too soon.
 const EPOCH_PERIOD: Duration = Duration::from_millis(50);
-/// Space a lane needs for requests on their way to the host.
-pub const OUT_BYTES: usize = 2 * put_bytes(MAX_PAGES);
+/// Space a lane needs for requests on their way to the host: the largest put, and a small one behind it.
+pub const OUT_BYTES: usize = put_bytes(MAX_PAGES) + keys_bytes(MAX_BATCH);
 
 const fn put_bytes(pages: usize) -> usize {
     HEADER_BYTES + pages * (PUT_ENTRY_BYTES + PAGE_BYTES)
@@ -94,7 +96,9 @@ pub enum Direction {
 
 /// Carries out what [`Core`] decides.
 pub trait Io {
-    /// The buffer that takes requests to the host, and the data of a slot.
+    /// The buffer that takes requests to the host.
+    fn requests(&mut self) -> &mut Vec<u8>;
+    /// The buffer that takes requests to the host, and the data of a slot that has any.
     fn frame(&mut self, slot: usize) -> (&mut Vec<u8>, &mut [u8]);
     /// Move `pages` pages between the slot's buffer, from its page `at`, and the swap file, from its page `index`;
     /// [`Core::file_done`] tells the end. Never called for more than [`MAX_PAGES`] transfers of a slot at a time.
@@ -251,6 +255,11 @@ impl Core {
         self.in_flight
     }
 
+    /// Bytes of unanswered requests, or of the answers they will get.
+    pub fn in_flight_bytes(&self) -> usize {
+        self.in_flight_bytes
+    }
+
     /// Whether some request could not begin: a page is held elsewhere, the link is full, or the host is away.
     pub fn has_waiting(&self) -> bool {
         !self.waiting.is_empty()
@@ -361,7 +370,7 @@ impl Core {
     /// Whether a request with frames of this size, both ways the larger, may be sent now.
     fn room(&self, io: &mut impl Io, bytes: usize) -> bool {
         let Some(session) = &self.session else { return false };
-        let (out, _) = io.frame(0);
+        let out = io.requests();
         out.capacity() - out.len() >= bytes
             && self.in_flight < session.max_in_flight
             && (self.in_flight == 0 || self.in_flight_bytes + bytes <= session.window_bytes)

@@ -231,7 +231,7 @@ impl Core {
         let Some(session) = self.session.filter(|_| !self.keys.is_empty()) else { return };
         let lz4 = self.options.accept_lz4 && session.features.has(Features::LZ4);
         let tag = self.next_tag(s);
-        write_keys(Op::Get, tag, session.pool, lz4, &self.keys, io.frame(s).0);
+        write_keys(Op::Get, tag, session.pool, lz4, &self.keys, io.requests());
         self.sent(s, Op::Get, got_bytes(self.keys.len()));
     }
 
@@ -369,7 +369,7 @@ impl Core {
     pub(super) fn send_flush(&mut self, io: &mut impl Io, s: usize) {
         let Some(session) = self.session else { return };
         let tag = self.next_tag(s);
-        write_keys(Op::FlushPage, tag, session.pool, false, &self.keys, io.frame(s).0);
+        write_keys(Op::FlushPage, tag, session.pool, false, &self.keys, io.requests());
         self.sent(s, Op::FlushPage, keys_bytes(self.keys.len()));
     }
 

@@ -106,6 +106,10 @@ struct Hands {
 }
 
 impl Io for Hands {
+    fn requests(&mut self) -> &mut Vec<u8> {
+        &mut self.out
+    }
+
     fn frame(&mut self, slot: usize) -> (&mut Vec<u8>, &mut [u8]) {
         (&mut self.out, &mut self.data[slot])
     }

@@ -7,12 +7,10 @@ use tmem_wire::pages::{decode_statuses, write_objects};
 use tmem_wire::{Header, Op, MAX_BATCH};
 
 use super::slot::{ones, Bits, Job, Slot};
-use super::{got_bytes, keys_bytes, AnswerError, Core, Io, MAX_PAGES};
+use super::{got_bytes, keys_bytes, AnswerError, Core, Io, MAX_PAGES, MOVERS};
 use crate::swap::shared::Shared;
 use crate::swap::table::{object, Place, EPOCHS, YOUNG};
 
-/// Reclaim operations at a time.
-pub(super) const MOVERS: usize = 2;
 /// Entries looked at before the kernel's requests get their turn again.
 const SCAN_ENTRIES: u32 = 8192;
 /// A page is cold after three of these without use.
@@ -323,7 +321,7 @@ impl Core {
         }
         if count > 0 {
             let tag = self.next_tag(s);
-            write_objects(tag, session.pool, &objects[..count], io.frame(s).0);
+            write_objects(tag, session.pool, &objects[..count], io.requests());
             self.slots[s].job = Job::Sweep;
             self.slots[s].flush = Bits::default();
             self.sent(s, Op::FlushObject, keys_bytes(count));
