@@ -348,8 +348,6 @@ pub(crate) fn run_store(arguments: &StoreArguments) -> Result<(), Failure> {
         out.clear();
         for at in 0..32u32 {
             let index = (done + at * 31) % arguments.pages;
-            // As a session does with a batch.
-            store.expect(&pool, &key((done + at * 31 + 31) % arguments.pages));
             match arguments.work {
                 Work::Get => {
                     store.get(&pool, &key(index), false, &mut out);
