@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -86,7 +87,9 @@ def of_threads(samples: Samples) -> list[Record]:
     """Two threads against one, and all cores; beside what the machine gives threads that share nothing."""
     one, codec_one = samples["threads1_pages_per_s"], samples["codec_threads1_pages_per_s"]
     records = []
-    for threads in sorted(int(name[7:].split("_")[0]) for name in samples if name.startswith("threads")):
+    for threads in sorted(
+        int(name[7:-12]) for name in samples if re.fullmatch(r"threads\d+_pages_per_s", name)
+    ):
         if threads == 1:
             continue
         rates, codec = (
