@@ -29,6 +29,7 @@ DEVICE_MIB = (
     640  # more than twice the program: the kernel then keeps what it brought in on the device as well
 )
 DEVICES = ("ublk", "nbd", "clouddisk", "swapfile", "zram")
+SMALL_DEVICE_MIB = 512
 _COMMAND_S = 400.0
 _FIO_S = 3
 _FIO_MIB = 64
@@ -64,11 +65,11 @@ class Guest:
         )
 
     @contextmanager
-    def swap(self, device: str) -> Iterator[str]:
-        """Turn swap on on a device; yields its path."""
+    def swap(self, device: str, size_mib: int = DEVICE_MIB) -> Iterator[str]:
+        """Turn swap on on a device, of this size if it is one of tmem's; yields its path."""
         with ExitStack() as stack:
             if device in ("ublk", "nbd"):
-                options = f"--size {DEVICE_MIB}M --file {_TMEM_FILE} --device {device}"
+                options = f"--size {size_mib}M --file {_TMEM_FILE} --device {device}"
                 self.run(f"tmem-agent swap on {options}")
                 stack.callback(self.run, "tmem-agent swap off --keep-file")
                 path = str(json.loads(self.run("tmem-agent status --json"))["swap"]["device"])
@@ -144,14 +145,16 @@ def one_round(guest: Guest, samples: Samples, seconds: float, number: int) -> No
                 )
             if device in ("ublk", "nbd"):
                 shim = guest.shim()
-                kept = ("rss_bytes", "puts", "refused", "hedged", "reads_host", "reads_file", "writes_file")
+                kept = ("puts", "refused", "hedged", "reads_host", "reads_file", "writes_file")
                 samples.setdefault((device, "shim"), []).append({name: shim[name] for name in kept})
 
 
 def fio_round(guest: Guest, samples: Samples) -> None:
     """Fio on each device, which is no swap meanwhile."""
     for device in DEVICES:
-        with guest.swap(device) as path:
+        with guest.swap(device, SMALL_DEVICE_MIB) as path:
+            if device in ("ublk", "nbd"):
+                samples.setdefault((device, "resident"), []).append({"bytes": guest.shim()["rss_bytes"]})
             guest.run(f"swapoff {path}")
             fill = "--rw=write --bs=64k --direct=1 --refill_buffers --buffer_compress_percentage=50"
             guest.run(f"fio --name=fill --filename={path} {fill} --size={_FIO_MIB}M --output-format=terse")
