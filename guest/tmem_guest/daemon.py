@@ -288,7 +288,7 @@ class Agent:
                 self._settle(service)
             except AgentError:
                 self.swap = None
-                Path(asked.file).unlink(missing_ok=True)
+                swap.remove(Path(asked.file))
                 self._save()
                 raise
         return {"swap": self._swap_status()}
@@ -304,8 +304,8 @@ class Agent:
             memory.unlock()
             self._save()
             file = Path(service.config.file)
-            if not request.get("keep_file") and swap.is_own(file):
-                file.unlink(missing_ok=True)
+            if not request.get("keep_file"):
+                swap.remove(file)
         return {"swap": None}
 
     def do_status(self, _request: dict[str, object], _progress: Progress) -> dict[str, object]:

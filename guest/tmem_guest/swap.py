@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
 from pathlib import Path
 
 from tmem_guest import jsonline, log, mounts, pressure
@@ -14,6 +15,7 @@ from tmem_guest.units import format_size
 
 CONTROL_TIMEOUT_S = 0.5
 SWAPOFF_TIMEOUT_S = 3600.0
+PROBE_TIMEOUT_S = 30.0
 DEFAULT_PRIORITY = 100
 _OWN_XATTR = "trusted.tmem"  # marks a file that may be overwritten: this agent had it made
 _SWAPOFF_RETRY_S = 0.5
@@ -41,12 +43,40 @@ def check(config: SwapConfig) -> None:
         found = file.lstat()
     except FileNotFoundError:
         return
+    if stat.S_ISBLK(found.st_mode):
+        _check_disk(file)
+        return
     if not stat.S_ISREG(found.st_mode):
-        raise AgentError(f"{file} is not a regular file", hint="another --file", code=ExitCode.USAGE)
+        raise AgentError(
+            f"{file} is neither a regular file nor a disk", hint="another --file", code=ExitCode.USAGE
+        )
     if found.st_size and not is_own(file):
         raise AgentError(
             f"{file} exists and is not a swap file of tmem; it would be overwritten",
             hint=f"another --file, or rm {file}",
+            code=ExitCode.CONFLICT,
+        )
+
+
+def _check_disk(disk: Path) -> None:
+    """Raise AgentError unless nobody uses this block device and nothing is on it but, perhaps, swap."""
+    try:
+        os.close(os.open(disk, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        raise AgentError(
+            f"{disk} cannot be had: {error.strerror}", hint="a disk that nobody uses", code=ExitCode.CONFLICT
+        ) from error
+    try:
+        probe = ["blkid", "--probe", "--output=value", "--match-tag=TYPE", "--match-tag=PTTYPE", str(disk)]
+        done = subprocess.run(probe, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise AgentError(f"cannot see what is on {disk}: blkid: {error}", hint="a file") from error
+    # 2: nothing that it knows.
+    found = "something" if done.returncode not in (0, 2) else " ".join(done.stdout.split())
+    if found not in ("", "swap"):
+        raise AgentError(
+            f"there is something on {disk} ({found}); it would be overwritten",
+            hint=f"another --file, or wipefs --all {disk}",
             code=ExitCode.CONFLICT,
         )
 
@@ -60,7 +90,9 @@ def is_own(file: Path) -> bool:
 
 
 def claim(file: Path) -> None:
-    """Make the swap file, still empty, and mark it as the agent's. Raises AgentError."""
+    """Make the swap file, still empty, and mark it as the agent's. Disks stay as is. Raises AgentError."""
+    if file.is_block_device():
+        return
     try:
         os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         os.setxattr(file, _OWN_XATTR, b"swap")
@@ -70,6 +102,12 @@ def claim(file: Path) -> None:
             hint="a file on ext4, xfs or btrfs",
             code=ExitCode.FAILED,
         ) from error
+
+
+def remove(file: Path) -> None:
+    """Remove the swap file if it is the agent's. Disks and other files stay."""
+    if is_own(file):
+        file.unlink(missing_ok=True)
 
 
 def choose_priority(wanted: int | None, areas: list[pressure.SwapArea]) -> int:

@@ -312,7 +312,7 @@ def test_refused_swap(stack: Stack) -> None:
         (["--size=-1M"], ExitCode.USAGE, "is not a size"),
         (["--size=4096"], ExitCode.USAGE, "the least is 1M"),
         (["--size=2M", f"--file={precious}"], ExitCode.CONFLICT, "would be overwritten"),
-        (["--size=2M", f"--file={stack.data}"], ExitCode.USAGE, "not a regular file"),
+        (["--size=2M", f"--file={stack.data}"], ExitCode.USAGE, "neither a regular file nor a disk"),
         (["--size=2M", f"--file={stack.data}/none/swap"], ExitCode.NOT_FOUND, "not a directory"),
         (["--size=2M", f"--file={stack.data}/cached/swap"], ExitCode.USAGE, "wait for itself"),
         (["--size=2M", "--priority=40000"], ExitCode.USAGE, "0 to 32767"),
@@ -322,6 +322,30 @@ def test_refused_swap(stack: Stack) -> None:
     assert precious.read_bytes() == b"not swap"
     assert stack.run("swap", "off").returncode == ExitCode.NOT_FOUND
     assert stack.run("swap", "status").stdout == "swap    off\n"
+
+
+def test_a_disk_with_something_on_it_is_refused_as_a_swap_file(stack: Stack, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(8 << 20)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    stack.start_agent()
+    attach = ["losetup", "--find", "--show", str(image)]
+    disk = subprocess.run(attach, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        done = stack.run("swap", "on", "--size=2M", f"--file={disk}")
+        assert (done.returncode, f"on {disk} (ext4)" in done.stderr) == (ExitCode.CONFLICT, True), done.stderr
+        # Unmounted or not, nobody may have it.
+        mount = tmp_path / "mount"
+        mount.mkdir()
+        subprocess.run(["mount", disk, mount], check=True)
+        done = stack.run("swap", "on", "--size=2M", f"--file={disk}")
+        subprocess.run(["umount", mount], check=True)
+        assert (done.returncode, "cannot be had" in done.stderr) == (ExitCode.CONFLICT, True), done.stderr
+    finally:
+        subprocess.run(["losetup", "--detach", disk], check=True)
+    assert Path(disk).is_block_device()
+    subprocess.run(["e2fsck", "-fn", image], check=True, capture_output=True)
 
 
 def test_the_host_comes_and_goes(stack: Stack) -> None:
