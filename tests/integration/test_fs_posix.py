@@ -683,6 +683,42 @@ def inode_flags(d: Path) -> object:
 
 
 @case
+def every_inode_flag(d: Path) -> object:
+    """chattr, one flag after the other, and what refusing it is called."""
+    write(d / "file")
+    (d / "sub").mkdir()
+    os.mkfifo(d / "fifo")
+    told: list[object] = []
+    for name in ("file", "sub", "fifo"):
+        fd = os.open(d / name, os.O_RDONLY | os.O_NONBLOCK)
+        before = array.array("I", [0])
+        told.append(tried(lambda: fcntl.ioctl(fd, 0x80086601, before, True)))  # noqa: B023
+        for bit in range(31):
+            wanted = array.array("I", [before[0] | 1 << bit])
+            told.append(tried(lambda: fcntl.ioctl(fd, 0x40086602, wanted)))  # noqa: B023
+            tried(lambda: fcntl.ioctl(fd, 0x40086602, before))  # noqa: B023
+        told.append(tried(lambda: fcntl.ioctl(fd, 0x801C581F, bytearray(28))))  # noqa: B023
+        told.append(tried(lambda: fcntl.ioctl(fd, 0x5401, bytearray(64))))  # noqa: B023
+        os.close(fd)
+    return told
+
+
+@case
+def a_running_program_is_not_truncated(d: Path) -> object:
+    path = write(d / "sleep", Path("/bin/sleep").read_bytes())
+    path.chmod(0o755)
+    with subprocess.Popen([path, "30"]) as process:
+        told = [
+            tried(lambda: os.open(path, os.O_RDONLY | os.O_TRUNC)),
+            tried(lambda: os.open(path, os.O_WRONLY)),
+            tried(lambda: os.truncate(path, 0)),
+            path.stat().st_size > 0,
+        ]
+        process.kill()
+    return told
+
+
+@case
 def syncing(d: Path) -> object:
     fd = os.open(d / "a", os.O_CREAT | os.O_RDWR)
     directory = os.open(d, os.O_RDONLY)

@@ -74,7 +74,6 @@ opcodes! {
 /// INIT flags; the upper half travels in `flags2`.
 pub(crate) mod init {
     pub(crate) const ASYNC_READ: u64 = 1 << 0;
-    pub(crate) const ATOMIC_O_TRUNC: u64 = 1 << 3;
     pub(crate) const BIG_WRITES: u64 = 1 << 5;
     pub(crate) const DONT_MASK: u64 = 1 << 6;
     pub(crate) const HAS_IOCTL_DIR: u64 = 1 << 11;
@@ -108,14 +107,14 @@ pub(crate) mod fattr {
 
 /// `OPEN`'s answer: keep what the page cache holds of this file.
 pub(crate) const FOPEN_KEEP_CACHE: u32 = 1 << 1;
+/// `OPENDIR`'s answer: the listing may be kept.
+pub(crate) const FOPEN_CACHE_DIR: u32 = 1 << 3;
 /// `OPEN`'s answer: do not send FLUSH on close.
 pub(crate) const FOPEN_NOFLUSH: u32 = 1 << 5;
 /// `WRITE` comes from the page cache, not from one caller.
 pub(crate) const WRITE_CACHE: u32 = 1 << 0;
 /// `WRITE` must clear set-user-id and set-group-id.
 pub(crate) const WRITE_KILL_SUIDGID: u32 = 1 << 2;
-/// `OPEN` with truncation must clear set-user-id and set-group-id.
-pub(crate) const OPEN_KILL_SUIDGID: u32 = 1 << 0;
 /// `SETXATTR` of an access ACL must clear set-group-id.
 pub(crate) const SETXATTR_ACL_KILL_SGID: u32 = 1 << 0;
 /// `FSYNC` of data only.

@@ -11,7 +11,7 @@ use super::device::MAX_READ;
 
 /// Sizes of buffers in bytes, and how many of each there may be: for random reads, for the kernel's first read-ahead
 /// windows, for its largest. A few serve the readers, the rest wait to be put.
-const KINDS: [(usize, usize); 3] = [(16 << 10, 64), (128 << 10, 8), (MAX_READ, 3)];
+const KINDS: [(usize, usize); 3] = [(16 << 10, 64), (128 << 10, 4), (MAX_READ, 2)];
 
 /// How long to wait for a buffer before looking for one to steal again.
 const RETRY: Duration = Duration::from_millis(2);

@@ -311,7 +311,11 @@ impl Cache {
                 };
                 for (key, got) in batch.iter().zip(decode_got(&header, body)?) {
                     if got.status == GetStatus::Hit && page(key, &got) {
-                        self.presence.hit(key);
+                        if self.is_exclusive() {
+                            self.presence.taken(key);
+                        } else {
+                            self.presence.hit(key);
+                        }
                     } else {
                         self.presence.missed(key);
                     }
@@ -320,6 +324,12 @@ impl Cache {
             }
         }
         Ok(0)
+    }
+
+    /// Whether the host gives a page away when it is asked for.
+    fn is_exclusive(&self) -> bool {
+        let kind = self.host.as_ref().map(|host| host.pool.kind);
+        kind == Some(tmem_wire::PoolKind::Ephemeral { exclusive: true })
     }
 
     /// Whether pages may be handed to [`Cache::put`] at all.
@@ -440,7 +450,8 @@ impl Cache {
                         continue;
                     }
                     if tried.is_ok() && getter.used + LATE > now {
-                        due = Some(now + COLLECT.0);
+                        let soon = now + COLLECT.0;
+                        due = Some(due.map_or(soon, |due| due.min(soon)));
                         continue;
                     }
                     slot.getter = None;

@@ -25,6 +25,7 @@ impl Tree {
             if content.changes == 0 && content.cached != before {
                 content.cached = None;
             }
+            content.pure_since = None;
             content.changes += 1;
             content.object.take()
         };
@@ -70,6 +71,19 @@ impl Tree {
         content.cached = Some(*now).filter(|version| self.trusted(version));
     }
 
+    /// A read was served that may not be of one settled version alone.
+    pub(crate) fn note_mixed(&self, inode: &Inode) {
+        if self.victims {
+            inode.content.lock().pure_since = None;
+        }
+    }
+
+    /// Whether pages of this version, read from the lower file, are left for the kernel to evict.
+    pub(crate) fn leaves_to_evict(&self, inode: &Inode, version: &Version) -> bool {
+        let content = inode.content.lock();
+        self.victims && content.pure_since.is_some() && content.cached.as_ref() == Some(version)
+    }
+
     /// Whether no later change can hide behind this version.
     fn trusted(&self, version: &Version) -> bool {
         self.trust.versions || version.settled()
@@ -89,5 +103,19 @@ pub(crate) fn note_dropped(inode: &Inode, version: Version) {
     let mut content = inode.content.lock();
     if content.changes == 0 && content.dropping == Some(version) {
         content.cached = content.dropping.take();
+        content.pure_since = Some(monotonic_ns());
     }
+}
+
+/// The version that a page which was evicted at `time` is of, if that is sure.
+pub(crate) fn version_of_evicted(inode: &Inode, time: u64) -> Option<Version> {
+    let content = inode.content.lock();
+    let pure = content.pure_since.is_some_and(|since| since < time);
+    content.cached.filter(|_| pure && content.changes == 0)
+}
+
+/// Now, on the clock that BPF programs tell.
+fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }

@@ -26,6 +26,8 @@ counters! {
     get_missed_pages,
     /// Pages of files that may not be cached at the moment.
     bypass_pages,
+    /// Pages that the kernel evicted, where those are put.
+    evicted_pages,
     /// Pages the host stored.
     put_pages,
     /// Pages not put because the guest, the link or the host was busy.

@@ -137,11 +137,34 @@ impl Device {
 
 const FUSE_DEV_IOC_CLONE: libc::Ioctl = 0x8004_e500;
 
-/// Let the kernel read ahead as far as one READ goes; the default of 128 KiB is meant for disks.
+/// Let the kernel read ahead further than the default of 128 KiB, which is meant for disks: as far as one READ goes
+/// where there is memory. A fault in a memory-mapped file reads a whole window, which a small guest would evict before
+/// it is used; so the window is a thousandth of the memory, in a power of two.
 pub(crate) fn widen_read_ahead(mount_point: &Path) -> std::io::Result<()> {
     let stat = rustix::fs::stat(mount_point)?;
     let (major, minor) = (rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));
-    std::fs::write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), format!("{}", MAX_READ >> 10))
+    let kib = read_ahead_kib(memory_kib()?);
+    std::fs::write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), format!("{kib}"))
+}
+
+/// The read-ahead in KiB for a guest of so much memory.
+fn read_ahead_kib(memory_kib: u64) -> u64 {
+    let thousandth = (memory_kib >> 10).max(1);
+    (1 << thousandth.ilog2()).clamp(128, MAX_READ as u64 >> 10)
+}
+
+/// The guest's memory in KiB.
+fn memory_kib() -> std::io::Result<u64> {
+    let table = std::fs::read_to_string("/proc/meminfo")?;
+    let total = table.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"));
+    total.and_then(|text| text.parse().ok()).ok_or_else(|| std::io::ErrorKind::InvalidData.into())
+}
+
+/// The device number of what is mounted at `mount_point`, which is not asked for it.
+pub(crate) fn number(mount_point: &Path) -> Result<rustix::fs::Dev, Errno> {
+    use rustix::fs::{makedev, statx, AtFlags, StatxFlags, CWD};
+    let stat = statx(CWD, mount_point, AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE)?;
+    Ok(makedev(stat.stx_dev_major, stat.stx_dev_minor))
 }
 
 /// Take the mount away. A busy one is detached: no new callers, those inside may finish.
@@ -168,5 +191,20 @@ pub(crate) fn last_error() -> Errno {
 impl AsFd for Device {
     fn as_fd(&self) -> rustix::fd::BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_read_ahead_follows_the_memory() {
+        for (mib, kib) in
+            [(64, 128), (180, 128), (300, 256), (512, 512), (1000, 512), (4096, 1024), (1 << 20, 1024)]
+        {
+            assert_eq!(read_ahead_kib(mib << 10), kib, "{mib} MiB");
+        }
+        assert!(memory_kib().unwrap() > 1024);
     }
 }

@@ -7,10 +7,12 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::abi::{Dirent, EntryOut, FsyncIn, OpenIn, OpenOut, ReadIn, ReleaseIn};
+use super::abi::{self, Dirent, EntryOut, FsyncIn, OpenIn, OpenOut, ReadIn, ReleaseIn};
+use super::content::note_dropped;
 use super::device::last_error;
 use super::handle::Handle;
-use super::tree::{Call, Done, Tree};
+use super::tree::{stat_fd, Call, Done, Tree};
+use super::version::Version;
 
 /// Bytes asked of the lower file system at a time.
 const CHUNK_BYTES: usize = 8192;
@@ -89,8 +91,20 @@ impl Tree {
         let inode = self.target(call)?;
         let _: OpenIn = call.args.take()?;
         let fd = self.reopen(&inode, OFlags::DIRECTORY | OFlags::RDONLY)?;
-        let fh = self.handles.insert(Handle::new(inode, fd, None));
-        call.reply(&OpenOut { fh, open_flags: 0, backing_id: 0 });
+        // Without reports of changes, the kernel would keep a listing for as long as the directory's time is the
+        // same to it.
+        let (mut open_flags, mut dropped) = (0, None);
+        if !self.trust.lifetime.is_zero() {
+            let now = Version::of(&stat_fd(&fd)?);
+            open_flags = abi::FOPEN_CACHE_DIR;
+            if self.may_keep(&inode, &now) {
+                open_flags |= abi::FOPEN_KEEP_CACHE;
+            } else {
+                dropped = Some(now);
+            }
+        }
+        let fh = self.handles.insert(Handle::new(inode, fd, dropped));
+        call.reply(&OpenOut { fh, open_flags, backing_id: 0 });
         Ok(())
     }
 
@@ -147,6 +161,9 @@ impl Tree {
     ) -> Done {
         let asked: ReadIn = call.args.take()?;
         let handle = self.handles.get(asked.fh)?;
+        if let Some(version) = handle.dropped.lock().take() {
+            note_dropped(&handle.inode, version);
+        }
         let size = asked.size as usize;
         let mut listing = handle.listing.lock();
         listing.seek(&handle.fd, asked.offset)?;

@@ -36,21 +36,8 @@ impl Tree {
     pub(crate) fn open(&self, call: &mut Call) -> Done {
         let inode = self.target(call)?;
         let asked: OpenIn = call.args.take()?;
-        let flags = lower_flags(asked.flags);
-        let open = || self.reopen(&inode, flags);
-        if flags.contains(OFlags::TRUNC) {
-            let fd = self.change(&inode, || {
-                if asked.open_flags & abi::OPEN_KILL_SUIDGID != 0 {
-                    call.rights.without_fsetid(open)
-                } else {
-                    open()
-                }
-            })?;
-            let keep = inode.content.lock().cached.is_some();
-            self.reply_open(call, inode, fd, keep, None);
-            return Ok(());
-        }
-        let fd = open()?;
+        // The kernel truncates by SETATTR, after its own checks.
+        let fd = self.reopen(&inode, lower_flags(asked.flags) - OFlags::TRUNC)?;
         let now = Version::of(&stat_fd(&fd)?);
         let keep = self.may_keep(&inode, &now);
         if self.is_told_old(&inode, &now) {

@@ -19,7 +19,7 @@ pub(crate) struct Handle {
     /// For regular files: a descriptor for reading past the lower page cache, made at the first read that wants it.
     /// `None` inside if the lower file system cannot.
     pub(crate) direct: OnceLock<Option<OwnedFd>>,
-    /// The version at which opening it made the kernel drop its pages, until the first read.
+    /// The version at which opening it made the kernel drop its pages or listing, until the first read.
     pub(crate) dropped: Mutex<Option<Version>>,
     /// For directories: where the listing stands.
     pub(crate) listing: Mutex<Listing>,

@@ -36,7 +36,7 @@ impl Identity {
     }
 }
 
-/// What is known about a regular file's content.
+/// What is known about a regular file's content, or about a directory's listing.
 #[derive(Debug, Default)]
 pub(crate) struct Content {
     /// The version whose pages the kernel's page cache may hold; `None` makes the next open drop them.
@@ -48,6 +48,9 @@ pub(crate) struct Content {
     pub(crate) told: Option<Version>,
     /// The object that pages were put under last, to be flushed once the file changes.
     pub(crate) object: Option<tmem_wire::ObjectId>,
+    /// Since when, in nanoseconds of the monotonic clock, all that the kernel's page cache got of the file came from
+    /// reads of the version `cached`; `None` if not all did. Only kept where evicted pages are put.
+    pub(crate) pure_since: Option<u64>,
     /// Changes through the mount that are under way.
     pub(crate) changes: u32,
 }

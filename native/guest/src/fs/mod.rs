@@ -15,6 +15,7 @@
 //! | [`read`], [`buffer`] | a page cache miss, from request to background put |
 //! | [`content`], [`version`] | which version of a file is cached where, and when to believe it |
 //! | [`cache`], [`put`], [`presence`] | pages in tmem: gets, background puts, what is worth asking for |
+//! | [`victim`] | pages that the kernel evicts, where a BPF program can catch them |
 //! | [`watch`] | changes that others make in the lower directory |
 //! | [`lower`] | the directory that is shown: opening it, what its file system can do |
 //! | [`status`], [`counters`] | what happened so far, for operators |
@@ -46,6 +47,7 @@ mod serve;
 mod status;
 mod tree;
 mod version;
+mod victim;
 mod watch;
 mod worker;
 mod xattr;
@@ -88,6 +90,10 @@ pub struct Args {
     /// How many milliseconds a reader waits for tmemd before it reads the lower directory.
     #[arg(long, default_value_t = 100)]
     get_timeout_ms: u32,
+    /// When pages are put to the host: when they are read, or when the kernel evicts them, so that no page is both
+    /// here and there (by a BPF program; if the kernel does not take it, when they are read).
+    #[arg(long, value_enum, default_value_t = PutWhen::Read)]
+    put: PutWhen,
     /// Compress pages in the guest, to save bytes on the way to the host.
     #[arg(long)]
     compress: bool,
@@ -105,6 +111,13 @@ enum Changes {
     Watch,
     Check,
     None,
+}
+
+/// See [`Args::put`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum PutWhen {
+    Read,
+    Evicted,
 }
 
 impl Args {

@@ -64,6 +64,13 @@ impl Presence {
         }
     }
 
+    /// The host had a page and gave it away.
+    pub(crate) fn taken(&self, key: &Key) {
+        let (word, bit) = slot(key);
+        self.hit(key);
+        self.words[word].fetch_and(!bit, Ordering::Relaxed);
+    }
+
     /// The host does not have a page.
     pub(crate) fn missed(&self, key: &Key) {
         let (word, bit) = slot(key);

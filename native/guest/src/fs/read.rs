@@ -37,6 +37,7 @@ impl Tree {
         let whole = (asked.offset % PAGE_BYTES as u64) as usize == 0 && size % PAGE_BYTES == 0;
         let direct = if whole && self.is_settled(&version) { self.direct(&handle, &stat) } else { None };
         let Some(direct) = direct else {
+            self.note_mixed(&handle.inode);
             let length = read_at(&handle.fd, &mut buffer.bytes_mut()[..size], asked.offset)?;
             count(&self.cache.counters.bypass_pages, length.div_ceil(PAGE_BYTES));
             call.send(&buffer.bytes()[..length]);
@@ -55,12 +56,20 @@ impl Tree {
         });
         let bytes = &mut buffer.bytes_mut()[..pages * PAGE_BYTES];
         let got = fill_gaps(direct, bytes, asked.offset, &had)?.min(length);
+        let leave = self.leaves_to_evict(&handle.inode, &version);
+        if self.victims && (!leave || Version::of(&stat_fd(&handle.fd)?) != version) {
+            // Before the answer: once the kernel has the page it may evict it.
+            self.note_mixed(&handle.inode);
+        }
         call.send(&buffer.bytes()[..got]);
 
         let missing = pages - had.len();
         count(&self.cache.counters.hit_pages, had.len());
         count(&self.cache.counters.miss_pages, missing);
-        let Some(first) = first.filter(|_| missing > 0 && got == length && self.cache.accepts()) else {
+        // What tmem had and gave away for good is put again where it is not sure to come back by eviction.
+        let had = if self.victims { PageSet::default() } else { had };
+        let wanted = !leave && had.len() < pages && got == length && self.cache.accepts();
+        let Some(first) = first.filter(|_| wanted) else {
             return Ok(());
         };
         if Version::of(&stat_fd(&handle.fd)?) != version {

@@ -19,12 +19,13 @@ use super::cache::{Cache, Host};
 use super::counters::Counters;
 use super::device::{self, Device};
 use super::handle::Handles;
-use super::inode::Inodes;
+use super::inode::{Identity, Inodes};
 use super::lower::{clear_dead_mounts, Lower};
 use super::status::{self, Names};
 use super::tree::{Tree, Trust};
+use super::victim::{VictimError, Victims};
 use super::watch::Watch;
-use super::{put, worker, Args, Changes};
+use super::{put, worker, Args, Changes, PutWhen};
 use crate::link::{hello, LinkError};
 
 /// Why a directory cannot be served.
@@ -64,9 +65,9 @@ fn bad(path: &Path, problem: &dyn std::fmt::Display, hint: &'static str) -> FsEr
     FsError::Path { path: path.to_owned(), problem: problem.to_string(), hint }
 }
 
-/// INIT flags asked for whatever the lower directory is.
+/// INIT flags asked for whatever the lower directory is. Not `ATOMIC_O_TRUNC`: with it, the kernel has a file that is
+/// being executed truncated before it says "text file busy".
 const WANTED: u64 = init::ASYNC_READ
-    | init::ATOMIC_O_TRUNC
     | init::BIG_WRITES
     | init::DONT_MASK
     | init::HAS_IOCTL_DIR
@@ -104,8 +105,9 @@ fn serve(args: &Args) -> Result<(), FsError> {
             lower_path.display()
         );
     }
-    let host = (!args.no_tmem && cacheable).then(|| host(args, &lower_path)).transpose()?;
-    let cache = Arc::new(Cache::new(host, Arc::new(Counters::default())));
+    let mut host = (!args.no_tmem && cacheable).then(|| host(args, &lower_path)).transpose()?;
+    let (device_of_lower, restrictions, fine_clock) =
+        (Identity::of(&lower.stat).device, lower.flags, lower.fine_clock);
     let inodes = Inodes::new(lower.root, &lower.stat);
     let (changes, watch) = watch(args.changes, &inodes, &lower_path)?;
     let (lifetime, wanted) = match changes {
@@ -113,17 +115,7 @@ fn serve(args: &Args) -> Result<(), FsError> {
         Changes::Check => (Duration::ZERO, WANTED | init::AUTO_INVAL_DATA),
         Changes::None => (FOREVER, WANTED | init::EXPLICIT_INVAL_DATA | init::CACHE_SYMLINKS),
     };
-    let tree = Arc::new(Tree {
-        inodes,
-        handles: Handles::default(),
-        trust: Trust { lifetime, versions: lower.fine_clock || changes != Changes::Check },
-        cache: cache.clone(),
-        cacheable: cache.host.is_some(),
-        fine_clock: lower.fine_clock,
-        buffers: Buffers::new(),
-    });
-
-    let device = Device::mount(&mount, &lower_path, lower.flags).map_err(|errno| match errno {
+    let device = Device::mount(&mount, &lower_path, restrictions).map_err(|errno| match errno {
         Errno::NOENT | Errno::NODEV | Errno::PERM | Errno::ACCESS => FsError::Fuse(errno),
         other => bad(&mount, &format!("mounting failed: {other}"), "look at the kernel log"),
     })?;
@@ -131,6 +123,27 @@ fn serve(args: &Args) -> Result<(), FsError> {
     let agreed = device.handshake(wanted).map_err(system("the first exchange with the kernel"))?;
     log::debug!("FUSE 7.{}, flags {:#x}", agreed.minor, agreed.flags);
 
+    let victims = host.as_mut().filter(|_| args.put == PutWhen::Evicted);
+    let victims = victims.and_then(|host| {
+        let victims = catch_victims(&mount, device_of_lower)?;
+        host.pool = pool(args, &lower_path, true);
+        Some(victims)
+    });
+    let cache = Arc::new(Cache::new(host, Arc::new(Counters::default())));
+    let tree = Arc::new(Tree {
+        inodes,
+        handles: Handles::default(),
+        trust: Trust { lifetime, versions: fine_clock || changes != Changes::Check },
+        cache: cache.clone(),
+        cacheable: cache.host.is_some(),
+        victims: victims.is_some(),
+        fine_clock,
+        buffers: Buffers::new(),
+    });
+    if let Some(mut victims) = victims {
+        let (tree, device) = (tree.clone(), device.another().map_err(FsError::Fuse)?);
+        spawn("tmem-victims", move || victims.run(&tree, &device))?;
+    }
     if let Some(watch) = watch {
         let (tree, device) = (tree.clone(), device.another().map_err(FsError::Fuse)?);
         spawn("tmem-watch", move || watch.run(&tree, &device))?;
@@ -199,6 +212,18 @@ fn end(mounted: Mounted, workers: &Workers, signals: &Signals, linger: Duration)
         log::warn!("{}: users that are left get \"not connected\" from now on", path.display());
     }
     Ok(())
+}
+
+/// Have evicted pages caught, if the kernel lets us.
+fn catch_victims(mount: &Path, lower: u64) -> Option<Victims> {
+    let device = device::number(mount).map_err(VictimError::Refused);
+    let attached = device.and_then(|device| Victims::attach(device, lower));
+    attached
+        .inspect_err(|error| {
+            let mount = mount.display();
+            log::warn!("{mount}: pages are put when they are read, not when they are evicted: {error}");
+        })
+        .ok()
 }
 
 /// Watch the lower file system if that is wanted and possible; how changes are met in the end.
@@ -304,20 +329,23 @@ fn unescape(field: &[u8]) -> Vec<u8> {
 }
 
 fn host(args: &Args, lower: &Path) -> Result<Host, FsError> {
-    let name = args
-        .pool_name
-        .clone()
-        .unwrap_or_else(|| format!("fs-{:016x}", xxh3_64(lower.as_os_str().as_bytes())));
     let mut hello = hello(Role::FileCache, "tmem-guest fs")?;
     hello.max_frame_bytes = Host::FRAME_BYTES;
     Ok(Host {
         endpoint: args.endpoint.clone(),
         hello,
-        pool: PoolCreate::private(PoolKind::Ephemeral { exclusive: false }, &name),
+        pool: pool(args, lower, false),
         get_timeout: args.get_timeout(),
         compress: args.compress,
         connections: args.threads.clamp(1, 3),
     })
+}
+
+/// The pool for this mount's pages. A pool keeps its kind for as long as the guest runs, so each kind has its own.
+fn pool(args: &Args, lower: &Path, exclusive: bool) -> PoolCreate {
+    let prefix = if exclusive { "victims" } else { "fs" };
+    let usual = || format!("{prefix}-{:016x}", xxh3_64(lower.as_os_str().as_bytes()));
+    PoolCreate::private(PoolKind::Ephemeral { exclusive }, &args.pool_name.clone().unwrap_or_else(usual))
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<std::thread::JoinHandle<()>, FsError> {

@@ -82,6 +82,7 @@ fn line(tree: &Tree, names: &Names) -> String {
     }
     let _ = write!(out, "\"connected\":{},", tree.cache.connected.load(Ordering::Relaxed));
     let _ = write!(out, "\"cacheable\":{},", tree.cacheable);
+    let _ = write!(out, "\"put\":\"{}\",", if tree.victims { "evicted" } else { "read" });
     for (name, value) in tree.cache.counters.values() {
         let _ = write!(out, "\"{name}\":{value},");
     }

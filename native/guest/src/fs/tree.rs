@@ -44,6 +44,8 @@ pub(crate) struct Tree {
     pub(crate) cache: Arc<Cache>,
     /// Whether the lower file system is one whose pages may be kept in tmem.
     pub(crate) cacheable: bool,
+    /// Whether pages are put when the kernel evicts them, and not when they are read.
+    pub(crate) victims: bool,
     /// Whether no two changes of a file can have one change time, however close they are, once it was looked at.
     pub(crate) fine_clock: bool,
     /// Memory for reads.

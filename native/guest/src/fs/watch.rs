@@ -207,14 +207,12 @@ fn apply(tree: &Tree, device: &Device, change: &Change) -> bool {
         Change::Name(identity, name) => (identity, Some(name)),
     };
     let Some(inode) = tree.inodes.find(identity) else { return false };
-    if inode.kind == libc::S_IFREG {
-        inode.content.lock().cached = None;
-        // ENOENT: the kernel does not know the file, or not any more.
-        return device.invalidate_inode(inode.node, 0).is_ok();
-    }
-    let attributes = device.invalidate_inode(inode.node, -1).is_ok();
+    inode.content.lock().cached = None;
+    // Attributes, and the pages of the file or of the directory's listing. ENOENT: the kernel does not know it, or not
+    // any more.
+    let known = device.invalidate_inode(inode.node, 0).is_ok();
     let entry = name.is_some_and(|name| device.invalidate_entry(inode.node, name).is_ok());
-    attributes || entry || inode.node == ROOT_ID
+    known || entry || inode.node == ROOT_ID
 }
 
 struct Event<'b> {
