@@ -53,7 +53,6 @@ pub(crate) fn run(cache: &Arc<Cache>, host: &Host) {
                     backoff.reset();
                     told = false;
                     putter = Some(made);
-                    cache.connected.store(true, Ordering::Relaxed);
                 }
                 Err(error) => {
                     if !told {
@@ -64,7 +63,14 @@ pub(crate) fn run(cache: &Arc<Cache>, host: &Host) {
                 }
             }
         }
-        let due = if putter.is_some() { cache.mend(host, Instant::now()) } else { Some(again) };
+        let due = if putter.is_some() {
+            let due = cache.mend(host, Instant::now());
+            // Not before gets can be made, too.
+            cache.connected.store(true, Ordering::Relaxed);
+            due
+        } else {
+            Some(again)
+        };
         let work = cache.next_work(due);
         if matches!(work, Work::Close) {
             return;

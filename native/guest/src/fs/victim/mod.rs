@@ -125,7 +125,9 @@ fn gather(tree: &Tree, lower: u64, run: &mut Option<Run>, evicted: &Evicted<'_>)
         finish(tree, done);
     }
     let Some(inode) = tree.inodes.find(&Identity { device: lower, inode: evicted.inode }) else { return };
-    let mut buffer = tree.buffers.take(RUN * PAGE_BYTES, |kind| tree.cache.steal(kind));
+    // The kernel evicts in bursts: wait for puts to get on, with the ring to hold what comes meanwhile, rather than
+    // drop pages that were gathered before.
+    let mut buffer = tree.buffers.take(RUN * PAGE_BYTES, |_| false);
     buffer.bytes_mut()[..PAGE_BYTES].copy_from_slice(evicted.page);
     *run = Some(Run { inode, first: evicted.index, pages: 1, since: evicted.time, buffer });
 }
