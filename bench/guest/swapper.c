@@ -6,7 +6,7 @@
 // ways for at most SECONDS each. Each visit checks the page. Prints a JSON object for each way:
 //
 //   fill           writes all pages, one after the other: the kernel swaps the first ones out
-//   seq_in C       reads pages one after the other, with vm.page-cluster C
+//   seq_in C       reads pages one after the other, with vm.page-cluster C; the first ones still push written pages out
 //   rand_in C      reads random pages that are not in memory
 //   rand_in4 C     four threads do so
 //   rand_write C   rewrites random pages that are not in memory: each comes in, and another goes out
@@ -213,9 +213,6 @@ int main(int argc, char **argv) {
     madvise(memory, pages * PAGE, MADV_NOHUGEPAGE);
     set_cluster(3);
     fill_all();
-    // The rest goes out too: from here on every page has its copy on the device, and reads are only reads.
-    if (madvise(memory, pages * PAGE, MADV_PAGEOUT))
-        perror("MADV_PAGEOUT");
     for (int cluster = 3; cluster >= 0; cluster -= 3)
         visit_in_order(cluster);
     for (int cluster = 3; cluster >= 0; cluster -= 3) {
