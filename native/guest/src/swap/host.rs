@@ -43,6 +43,7 @@ pub(super) enum Broken {
 }
 
 /// The connection and its buffers, which are reused from one connection to the next.
+#[allow(clippy::struct_excessive_bools)] // what is under way, each by itself
 pub(super) struct Host {
     connection: Option<Connection>,
     /// Closed for both, waiting for the ring to give the buffers back.
