@@ -43,8 +43,8 @@ class DiskLimits:
 
 
 DiskCache = Literal["unsafe", "none", "writeback"]
-"""What the host's page cache does for a disk, in QEMU's words: `unsafe` is a cache that ignores flushes, for disks
-that do not outlive their VM; `none` is no cache, so that the disk costs what a disk costs."""
+"""What the host's page cache does for a disk, in QEMU's words: `unsafe` is a cache that ignores flushes, for
+disks that do not outlive their VM; `none` is no cache, so that the disk costs what a disk costs."""
 
 
 @dataclass(frozen=True)

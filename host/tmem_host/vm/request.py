@@ -47,7 +47,7 @@ class VmRequest:
     """For all of `up`, building the image aside."""
     data_limits: DiskLimits = _UNLIMITED
     disk_cache: DiskCache | None = None
-    """What the host's page cache does for all disks; `None`: nothing for the data disk, all for the others."""
+    """What the host's page cache does for all disks; `None`: nothing for the data disk, all for others."""
     cmdline: str = ""
     """More words for the kernel's command line."""
     files: Mapping[str, bytes] = field(default_factory=dict)
