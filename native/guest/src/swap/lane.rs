@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use io_uring::{opcode, types};
@@ -61,9 +61,21 @@ impl Post {
 
     /// Hand over a connection.
     pub(super) fn deliver(&self, connection: Connection) {
+        let mut place = self.connection();
+        *place = Some(connection);
         self.wants_connection.store(false, Ordering::Release);
-        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = Some(connection);
+        drop(place);
         self.wake();
+    }
+
+    /// Have the connector make a connection, unless one lies here already: made for a lane that was not there yet.
+    pub(super) fn want_connection(&self) {
+        let place = self.connection();
+        self.wants_connection.store(place.is_none(), Ordering::Release);
+    }
+
+    fn connection(&self) -> MutexGuard<'_, Option<Connection>> {
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -226,7 +238,7 @@ impl<F: Front> Lane<F> {
         if !self.hands.host.is_vacant() {
             return;
         }
-        let fresh = self.setup.post.connection.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let fresh = self.setup.post.connection().take();
         if let Some(connection) = fresh {
             let session = connection.session;
             self.hands.host.adopt(connection, &mut self.hands.ring, now);
@@ -238,7 +250,7 @@ impl<F: Front> Lane<F> {
         log::warn!("lane {}: connection to the host lost: {why}", self.setup.number);
         self.hands.host.drop_connection();
         self.core.disconnected(&mut self.hands);
-        self.setup.post.wants_connection.store(true, Ordering::Release);
+        self.setup.post.want_connection();
         (self.setup.connector)();
     }
 

@@ -143,7 +143,7 @@ impl<'a> Service<'a> {
                     post: post.clone(),
                     connector: template.connector.clone(),
                 };
-                post.wants_connection.store(true, Ordering::Release);
+                post.want_connection();
                 bell.ring();
                 let front = Nbd::new(OwnedFd::from(client), args_depth);
                 if let Err(error) = Lane::new(setup, front).and_then(Lane::run) {
