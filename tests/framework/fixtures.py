@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from framework.daemon import Tmemd
+from framework.daemon import ROOT, Tmemd
 
 
 @pytest.fixture
@@ -46,3 +48,12 @@ def tmemd(start_tmemd: Callable[..., Tmemd]) -> Tmemd:
     daemon = start_tmemd()
     daemon.add_vm("a")
     return daemon
+
+
+@pytest.fixture(scope="session")
+def bench_program() -> Path:
+    """`tmem-bench`, whose `check` is what every transport is held to."""
+    search = f"{os.environ['PATH']}:{os.environ.get('CARGO_HOME', Path.home() / '.cargo')}/bin"
+    build = ["cargo", "build", "--quiet", "--profile", "test-fast", "-j2", "-p", "tmem-bench"]
+    subprocess.run(build, cwd=ROOT, env=os.environ | {"PATH": search}, check=True)
+    return ROOT / "target/test-fast/tmem-bench"

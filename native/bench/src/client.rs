@@ -102,8 +102,19 @@ pub(crate) fn key(index: u32) -> Key {
 }
 
 impl Client {
-    /// Connect and make a pool.
+    /// Connect and make an inclusive pool.
     pub(crate) fn connect(endpoint: &Endpoint, write_bytes: usize, name: &str) -> Result<Client, Failure> {
+        let spec = PoolCreate::private(PoolKind::Ephemeral { exclusive: false }, name);
+        Client::connect_as(endpoint, write_bytes, boot_id(), &spec)
+    }
+
+    /// Connect as this boot of the guest, and make this pool or find it again.
+    pub(crate) fn connect_as(
+        endpoint: &Endpoint,
+        write_bytes: usize,
+        boot_id: [u8; 16],
+        pool: &PoolCreate,
+    ) -> Result<Client, Failure> {
         let stream = endpoint.connect()?;
         let input = vec![0; INPUT_BYTES];
         let mut client = Client { stream, pool: 0, write_bytes, input, arrived: 0, next: 0, body: 0..0 };
@@ -115,7 +126,7 @@ impl Client {
             role: Role::FileCache,
             page_bytes: PAGE_BYTES as u32,
             features: Features::ALL,
-            boot_id: boot_id(),
+            boot_id,
             max_frame_bytes: (HEADER_BYTES + MAX_BODY_BYTES) as u32,
             client: program,
         };
@@ -123,9 +134,8 @@ impl Client {
         Header::request(Op::Hello, 1).write_frame(&hello.encode(), &mut out);
         client.send(&out)?;
         client.answer()?;
-        let spec = PoolCreate::private(PoolKind::Ephemeral { exclusive: false }, name);
         out.clear();
-        Header::request(Op::PoolCreate, 2).write_frame(&spec.encode(), &mut out);
+        Header::request(Op::PoolCreate, 2).write_frame(&pool.encode(), &mut out);
         client.send(&out)?;
         client.pool = client.answer()?.pool;
         Ok(client)
@@ -156,7 +166,7 @@ impl Client {
     }
 
     /// The body of the latest answer.
-    fn body(&self) -> &[u8] {
+    pub(crate) fn body(&self) -> &[u8] {
         &self.input[self.body.clone()]
     }
 
@@ -201,7 +211,7 @@ fn boot_id() -> [u8; 16] {
     id
 }
 
-fn put_frame(out: &mut Vec<u8>, tag: u32, pool: u32, content: Content, indices: &[u32]) {
+pub(crate) fn put_frame(out: &mut Vec<u8>, tag: u32, pool: u32, content: Content, indices: &[u32]) {
     let mut writer = PutWriter::begin(out, tag, pool, indices.len() as u16, false);
     for index in indices {
         writer.page(&key(*index), Encoding::Raw, &page(content, *index), 0);

@@ -1,6 +1,7 @@
 //! Where to connect or listen.
 
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -37,18 +38,18 @@ impl FromStr for Endpoint {
 
 /// A connected byte stream.
 pub(crate) trait Stream: Read + Write + Send {
-    fn shut(&self) -> io::Result<()>;
+    fn shut(&self, ends: Shutdown) -> io::Result<()>;
 }
 
 impl Stream for UnixStream {
-    fn shut(&self) -> io::Result<()> {
-        self.shutdown(std::net::Shutdown::Both)
+    fn shut(&self, ends: Shutdown) -> io::Result<()> {
+        self.shutdown(ends)
     }
 }
 
 impl Stream for vsock::VsockStream {
-    fn shut(&self) -> io::Result<()> {
-        self.shutdown(std::net::Shutdown::Both)
+    fn shut(&self, ends: Shutdown) -> io::Result<()> {
+        self.shutdown(ends)
     }
 }
 

@@ -118,6 +118,6 @@ fn once(arguments: &Arguments, until: Instant) -> Result<u64, Failure> {
         }
         done += 1;
     }
-    client.stream.shut()?;
+    client.stream.shut(std::net::Shutdown::Both)?;
     Ok(done)
 }

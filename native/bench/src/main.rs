@@ -1,11 +1,12 @@
-//! Programs that `bench/transport.py` and `bench/fairness.py` run, on the host and in guests. Each prints one JSON
-//! object a line.
+//! Programs that `bench/transport.py`, `bench/fairness.py` and the tests of transports run, on the host and in guests.
+//! Each prints one JSON object a line.
 //!
 //! | module | holds |
 //! |---|---|
 //! | `endpoint` | `unix:`, `hybrid:` and `vsock:` addresses |
 //! | `server` | an engine with VMs, as tmemd has, and nothing around it |
 //! | `client` | a tmem client: pages in, pages out, timed |
+//! | `check` | what a transport must carry unharmed, for any of them |
 //! | `pong` | the bare ping-pong that is the floor of every round trip |
 //! | `keyvalue` | the same pages in Redis and memcached |
 //! | `block` | 4 KiB reads of a block device |
@@ -13,6 +14,7 @@
 //! | `report` | percentiles and JSON |
 
 mod block;
+mod check;
 mod client;
 mod endpoint;
 mod flood;
@@ -48,6 +50,8 @@ enum Command {
     },
     /// Time gets or puts.
     Load(client::Arguments),
+    /// Check that a transport carries everything unharmed.
+    Check(check::Arguments),
     /// Time batches against a store in this process.
     Store(client::StoreArguments),
     /// Answer pings.
@@ -72,6 +76,7 @@ fn run(command: Command) -> Result<(), Failure> {
             Ok(tmem_host::vhost_user::keeper::run(&path, std::time::Duration::from_secs(5))?)
         }
         Command::Load(arguments) => client::run(&arguments),
+        Command::Check(arguments) => check::run(&arguments),
         Command::Store(arguments) => client::run_store(&arguments),
         Command::Pong { endpoint } => pong::serve(&endpoint),
         Command::Ping(arguments) => pong::run(&arguments),
