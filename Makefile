@@ -93,6 +93,7 @@ $(FUZZ_TARGETS): fuzz/%: $(STAMPS)/fuzz
 
 bench-%: setup
 	@host/setup.sh packages bench
+	@host/setup.sh peers
 	$(BIN)/python bench/$*.py
 
 .PHONY: clean distclean

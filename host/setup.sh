@@ -105,8 +105,16 @@ fuzz() {
     cargo install -q --locked --root build/tools cargo-fuzz
 }
 
+peers() {
+    [ ! -x build/tools/bin/vhost-device-vsock ] || return 0
+    command -v vhost-device-vsock >/dev/null && return
+    say "building vhost-device-vsock into build/tools (a minute, once)"
+    cargo install -q --locked --root build/tools vhost-device-vsock
+}
+
 conformance() {
     packages conformance
+    peers
     for tool in pjdfstest fsx; do
         [ ! -x "build/tools/bin/$tool" ] || continue
         say "building $tool into build/tools (a minute, once)"
@@ -120,6 +128,7 @@ rust) rust ;;
 venv) venv ;;
 deny) deny ;;
 conformance) conformance ;;
+peers) peers ;;
 fuzz) fuzz ;;
-*) die "usage: host/setup.sh packages [bench] | rust | venv | deny | conformance | fuzz" ;;
+*) die "usage: host/setup.sh packages [bench] | rust | venv | deny | conformance | peers | fuzz" ;;
 esac

@@ -131,7 +131,7 @@ def test_the_host_role(
     wheel: Path, wheelhouse: Path, vms: Vms, built: Callable[[str], None], tmp_path: Path
 ) -> None:
     built("plain")
-    host = AgentGuest(vms.up("plain", memory_bytes=768 * MIB, registered=False))
+    host = AgentGuest(vms.up("plain", memory_bytes=768 * MIB))
     variables: dict[str, object] = {
         "tmem_host_wheel": str(wheel),
         "tmem_host_wheelhouse": str(wheelhouse),

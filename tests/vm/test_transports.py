@@ -17,7 +17,10 @@ _PROGRAM = "/usr/bin/tmem-bench"
     [
         ("vhost-user", "", 8),
         # It loses longer packets, and what follows on a stream that one side has ended.
-        ("vhost-device-vsock", "--write-bytes 28672 --no-half-close", 7),
+        pytest.param(
+            *("vhost-device-vsock", "--write-bytes 28672 --no-half-close", 7),
+            marks=pytest.mark.long,  # `make test-long` installs it
+        ),
     ],
 )
 def test_it_carries_everything_unharmed(
