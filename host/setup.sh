@@ -7,6 +7,7 @@
 #   host/setup.sh venv               the virtual environment .venv with the project, editable
 #   host/setup.sh deny               cargo-deny into build/tools, for `make check`
 #   host/setup.sh conformance        the suites for POSIX file systems of `make test-long`: pjdfstest, fsx, stress-ng
+#   host/setup.sh peers              vhost-device-vsock, which benchmarks and long tests are held against
 #   host/setup.sh fuzz               a nightly toolchain, and cargo-fuzz into build/tools, for `make fuzz`
 #
 # Settings, for mirrors: apt's own sources.list; PIP_INDEX_URL; cargo's config.toml; RUSTUP_DIST_SERVER and
@@ -88,11 +89,13 @@ venv() {
     .venv/bin/pip install -q --no-build-isolation -e '.[host,guest,dev]'
 }
 
-deny() {
-    command -v cargo-deny >/dev/null && return
-    say "building cargo-deny into build/tools (some minutes, once)"
-    cargo install -q --locked --root build/tools cargo-deny
+tool() { # CRATE: its program, into build/tools
+    [ ! -x "build/tools/bin/$1" ] || return 0
+    say "building $1 into build/tools (some minutes, once)"
+    cargo install -q --locked --root build/tools "$1"
 }
+
+deny() { command -v cargo-deny >/dev/null || tool cargo-deny; }
 
 fuzz() {
     command -v rustup >/dev/null || die "libFuzzer wants a nightly compiler, and there is no rustup to get one from"
@@ -100,26 +103,16 @@ fuzz() {
         say "nightly Rust"
         rustup toolchain install -q nightly --profile minimal
     fi
-    command -v cargo-fuzz >/dev/null && return
-    say "building cargo-fuzz into build/tools (a minute, once)"
-    cargo install -q --locked --root build/tools cargo-fuzz
+    command -v cargo-fuzz >/dev/null || tool cargo-fuzz
 }
 
-peers() {
-    [ ! -x build/tools/bin/vhost-device-vsock ] || return 0
-    command -v vhost-device-vsock >/dev/null && return
-    say "building vhost-device-vsock into build/tools (a minute, once)"
-    cargo install -q --locked --root build/tools vhost-device-vsock
-}
+peers() { command -v vhost-device-vsock >/dev/null || tool vhost-device-vsock; }
 
 conformance() {
     packages conformance
     peers
-    for tool in pjdfstest fsx; do
-        [ ! -x "build/tools/bin/$tool" ] || continue
-        say "building $tool into build/tools (a minute, once)"
-        cargo install -q --locked --root build/tools "$tool"
-    done
+    tool pjdfstest
+    tool fsx
 }
 
 case "${1:-}" in
