@@ -27,26 +27,51 @@ def traces() -> list[str]:
     for process in psutil.process_iter(["cmdline"]):
         words = " ".join(process.info["cmdline"] or [])
         if "/tmem-demo-" in words or "guest=demo-" in words:
-            found.append(words[:100])
+            found.append(f"process {process.pid}: {words[:100]}")
     return found
+
+
+def start(output: Path) -> subprocess.Popen[bytes]:
+    """A demonstration whose VMs boot; its output is in `log` in that directory."""
+    images.build("debian")
+    before = traces()
+    output.mkdir()
+    log = output / "log"
+    with log.open("wb") as stream:
+        process = subprocess.Popen([*DEMO, "--output", str(output)], stdout=stream, stderr=stream)
+    until_s = time.monotonic() + 120
+    while not any("guest=demo-" in line for line in set(traces()) - set(before)):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < until_s, f"no VM was started within 120 s: {log.read_text()}"
+        threading.Event().wait(0.1)
+    return process
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_one_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
-    images.build("debian")
-    log = tmp_path / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen([*DEMO, "--output", str(tmp_path)], stdout=output, stderr=output)
-    until_s = time.monotonic() + 120
-    while not any("guest=demo-" in line for line in traces()):
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < until_s, f"no VM was started within 120 s: {log.read_text()}"
-        threading.Event().wait(0.1)
+    before = set(traces())
+    process = start(tmp_path / "demo")
     process.send_signal(number)
     assert process.wait(timeout=120) == 130
-    assert traces() == []
-    assert "left behind" not in log.read_text()
+    assert set(traces()) <= before
+    assert "left behind" not in (tmp_path / "demo" / "log").read_text()
+
+
+@pytest.mark.timeout(600)
+def test_what_a_killed_one_leaves_behind_is_removed_by_the_next(tmp_path: Path) -> None:
+    before = set(traces())
+    killed = start(tmp_path / "killed")
+    killed.kill()
+    killed.wait()
+    left = {line for line in set(traces()) - before if line.startswith("/dev/shm/")}
+    assert len(left) == 1
+    process = start(tmp_path / "next")
+    log = (tmp_path / "next" / "log").read_text()
+    assert f"removing what is left of a demonstration that was killed: {left.pop()}" in log.replace("\n", "")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    assert set(traces()) <= before
 
 
 def test_who_is_not_root_is_refused_at_once(tmp_path: Path) -> None:
@@ -78,4 +103,3 @@ def test_all_of_it(tmp_path: Path) -> None:
     for vm in report["vms"]:
         for counter in ("puts_accepted", "gets_hit", "swap_pages_in", "swap_pages_out", "sectors_read"):
             assert vm[counter] > 0, f"{vm['name']}: {counter}"
-    assert traces() == []

@@ -166,7 +166,9 @@ def _unwound_in_peace() -> Iterator[AbstractContextManager[None]]:
 def _demonstrate(progress: Progress, undo: ExitStack, output: Path, directories: list[Path]) -> Report:
     images.build(_IMAGE, progress=progress.say)
     progress.say("starting libvirtd, tmemd and the controller")
-    running = undo.enter_context(stack.running(output, capacity=_CAPACITY, made=directories.append))
+    running = undo.enter_context(
+        stack.running(output, capacity=_CAPACITY, made=directories.append, say=progress.say)
+    )
     progress.say(running.tmemctl("policy", "set", "smart-alloc", "percent=6"))
     started_s = time.monotonic()
     chosen = parts()

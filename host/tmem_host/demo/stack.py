@@ -14,15 +14,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from tmem_host.api.client import Client
+from tmem_host.demo import leftovers
 from tmem_host.demo.leftovers import ENVIRONMENT_KEY
 from tmem_host.errors import ExitCode, OperatorError
-from tmem_host.vm import libvirtd
+from tmem_host.vm import libvirtd, machine
 
 _TMPFS = Path("/dev/shm")  # noqa: S108  # the arena must be on tmpfs; the directory's name is mkdtemp's
+_PREFIX = "tmem-demo-"
 _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 20.0
 _POLL_S = 0.05
@@ -62,22 +64,27 @@ class Stack:
 
 
 @contextmanager
-def running(logs: Path, *, capacity: str, made: Callable[[Path], None]) -> Iterator[Stack]:
+def running(
+    logs: Path, *, capacity: str, made: Callable[[Path], None], say: Callable[[str], None]
+) -> Iterator[Stack]:
     """The stack, ready; everything it started or made is gone afterwards.
 
-    `made` is told the private directory as soon as there is one, so that its end can be checked.
+    `made` is told the private directory as soon as there is one, so that its end can be checked. What an
+    earlier stack that was killed could not remove itself is removed first, and said.
     """
     with ExitStack() as stack:
-        directory = Path(tempfile.mkdtemp(prefix="tmem-demo-", dir=_TMPFS))
+        stack.enter_context(libvirtd.running())
+        for dead in leftovers.dead(_TMPFS, _PREFIX):
+            say(f"removing what is left of a demonstration that was killed: {dead}")
+            _remove(dead)
+        directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_TMPFS))
+        stack.enter_context(leftovers.alive(directory))
         made(directory)
         stack.callback(shutil.rmtree, directory)
         (directory / "vm").mkdir()
         started = Stack(directory, logs)
         # `tmem_host.vm` in this process reads the same setting as its children.
-        before = os.environ.get("TMEM_VM_DIRECTORY")
-        os.environ["TMEM_VM_DIRECTORY"] = started.environment["TMEM_VM_DIRECTORY"]
-        stack.callback(_restore, "TMEM_VM_DIRECTORY", before)
-        stack.enter_context(libvirtd.running())
+        stack.enter_context(_vm_directory(directory))
         options = {
             "--capacity": capacity,
             "--arena": directory / "arena",
@@ -94,11 +101,35 @@ def running(logs: Path, *, capacity: str, made: Callable[[Path], None]) -> Itera
         yield started
 
 
-def _restore(key: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(key, None)
-    else:
-        os.environ[key] = value
+@contextmanager
+def _vm_directory(directory: Path) -> Iterator[None]:
+    before = os.environ.get("TMEM_VM_DIRECTORY")
+    os.environ["TMEM_VM_DIRECTORY"] = str(directory / "vm")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TMEM_VM_DIRECTORY"]
+        else:
+            os.environ["TMEM_VM_DIRECTORY"] = before
+
+
+def _remove(directory: Path) -> None:
+    """Remove a stack that nobody looks after any more: its VMs, processes and files. Raises OperatorError."""
+    # First, because QEMU cannot end in order without the device that its VM had from tmemd.
+    for pid in leftovers.processes(directory):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    with _vm_directory(directory):
+        for left in machine.list_machines():
+            machine.down(left.state.name)
+    shutil.rmtree(directory)
+    still = leftovers.wait_until_none(directory, _STOP_TIMEOUT_S)
+    if still:
+        raise OperatorError(
+            f"a demonstration was killed, and of it {still[0]}",
+            hint="end it, and start the demonstration again",
+        )
 
 
 @contextmanager
