@@ -7,7 +7,8 @@
 //! | `ops` | put, get, flush |
 //! | `reclaim` | compaction, eviction, shrinking |
 //! | `recover` | opening an arena |
-//! | `directory`, `vm`, `pool` | who there is, and what is charged to whom |
+//! | `directory`, `vm`, `pool` | who there is |
+//! | `charge` | what a page costs whom |
 //! | `index` | which slot holds which page |
 //! | `sieve`, `tuner` | eviction order |
 //! | `slabs`, `slot` | the allocator and what it gives out |
@@ -19,6 +20,7 @@
 //! decodes it outside. See `docs/store.md`.
 
 mod arena;
+mod charge;
 pub mod codec;
 pub mod config;
 mod directory;

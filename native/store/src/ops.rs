@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use tmem_wire::{Encoding, FlushStatus, GetStatus, Key, ObjectId, PutStatus, PAGE_BYTES};
 
+use crate::charge::{self, cost, Charge};
 use crate::codec::{self, Page, BLOCK_MAX};
 use crate::config::{Incompressible, VmId};
 use crate::index::{hash, Cursor, Shard, BLOCK_BYTES};
@@ -18,9 +19,6 @@ use crate::slot::{SlotRef, State};
 use crate::store::Store;
 use crate::sync;
 use crate::tuner;
-
-/// What a page's reference in the index costs, bytes.
-pub(crate) const INDEX_BYTES: u64 = 6;
 
 struct Scratch {
     page: Page,
@@ -38,13 +36,6 @@ pub(crate) struct Taken {
     pub(crate) state: State,
     owner: Arc<Pool>,
     block_gone: bool,
-}
-
-/// What charging for a page takes.
-fn cost(pool: &Pool, slot_bytes: u32) -> u64 {
-    // In a shared pool the block may outlive its creator's pages, so every page pays for one.
-    let shared = if pool.shared.is_some() { BLOCK_BYTES } else { 0 };
-    u64::from(slot_bytes) + INDEX_BYTES + shared
 }
 
 impl Store {
@@ -193,7 +184,7 @@ impl Store {
                 eviction.put(hash, pages);
             }
         }
-        Store::account_added(pool, encoding, payload.len(), slot.bytes());
+        charge::add(pool, encoding, payload.len(), slot.bytes());
         let old = inserted.old.map(|old| self.take_slot(pool, old, false));
         drop(shard);
         if inserted.new_block && pool.shared.is_none() {
@@ -396,62 +387,12 @@ impl Store {
             slot.scrub();
         }
         self.slabs.free(taken.at);
-        let (pool, state) = (&taken.owner, taken.state);
-        let stored = &pool.stored;
-        stored.pages.fetch_sub(1, Relaxed);
-        stored.bytes.fetch_sub(bytes.into(), Relaxed);
-        stored.payload_bytes.fetch_sub(state.length() as u64, Relaxed);
-        match state.encoding() {
-            Encoding::SameFilled => drop(stored.same_filled.fetch_sub(1, Relaxed)),
-            Encoding::Raw => drop(stored.raw.fetch_sub(1, Relaxed)),
-            _ => {}
-        }
-        let mut charged = cost(pool, bytes);
-        if taken.block_gone && pool.shared.is_none() {
-            stored.blocks.fetch_sub(1, Relaxed);
-            charged += BLOCK_BYTES;
-        }
-        if pool.is_persistent() {
-            pool.vm.persistent.release(charged);
-            pool.vm.persistent_pages.release(1);
-        } else {
-            pool.vm.ephemeral_pages.release(1);
-        }
-        pool.vm.used.release(charged);
-    }
-
-    pub(crate) fn account_added(pool: &Pool, encoding: Encoding, payload: usize, slot_bytes: u32) {
-        let stored = &pool.stored;
-        count(&stored.pages, 1);
-        count(&stored.bytes, slot_bytes.into());
-        count(&stored.payload_bytes, payload as u64);
-        if !pool.is_persistent() {
-            pool.vm.ephemeral_pages.charge(1);
-        }
-        match encoding {
-            Encoding::SameFilled => count(&stored.same_filled, 1),
-            Encoding::Raw => count(&stored.raw, 1),
-            _ => {}
-        }
+        charge::uncharge(&taken.owner, taken.state, bytes, taken.block_gone);
     }
 
     /// The low half binds a checksum to its page's key and to this arena, the high half chooses samples.
     fn key_hash(&self, key: &Key) -> u64 {
         hash(!self.seed, &key.object, key.index)
-    }
-
-    /// Charge for a page found at recovery.
-    pub(crate) fn charge_recovered(pool: &Pool, slot_bytes: u32, new_block: bool) {
-        let mut bytes = cost(pool, slot_bytes);
-        if new_block && pool.shared.is_none() {
-            count(&pool.stored.blocks, 1);
-            bytes += BLOCK_BYTES;
-        }
-        pool.vm.used.charge(bytes);
-        if pool.is_persistent() {
-            pool.vm.persistent.charge(bytes);
-            pool.vm.persistent_pages.charge(1);
-        }
     }
 }
 
@@ -486,63 +427,4 @@ fn verify(encoding: Encoding, sum: u32, payload: &[u8]) -> Option<Encoding> {
         Encoding::None => false,
     };
     intact.then_some(encoding)
-}
-
-/// What a put has reserved so far; given back unless kept.
-struct Charge<'a> {
-    store: &'a Store,
-    pool: &'a Arc<Pool>,
-    bytes: u64,
-    page: bool,
-}
-
-impl<'a> Charge<'a> {
-    fn new(store: &'a Store, pool: &'a Arc<Pool>) -> Self {
-        Charge { store, pool, bytes: 0, page: false }
-    }
-
-    fn page(&mut self) -> bool {
-        self.page = self.pool.vm.reserve_persistent_page();
-        self.page
-    }
-
-    /// Reserve bytes of the quota, evicting the VM's own ephemeral pages if need be.
-    fn bytes(&mut self, bytes: u64) -> Result<(), PutStatus> {
-        let vm = &self.pool.vm;
-        while !vm.used.reserve(bytes, vm.quota_bytes()) {
-            if !self.store.evict_from(vm) {
-                return Err(PutStatus::OverQuota);
-            }
-        }
-        if self.pool.is_persistent() && !self.store.reserve_persistent(vm, bytes) {
-            vm.used.release(bytes);
-            return Err(PutStatus::NoMemory);
-        }
-        self.bytes += bytes;
-        Ok(())
-    }
-
-    fn give_back(&mut self, bytes: u64) {
-        self.bytes -= bytes;
-        self.pool.vm.used.release(bytes);
-        if self.pool.is_persistent() {
-            self.pool.vm.persistent.release(bytes);
-        }
-    }
-
-    fn keep(mut self) {
-        self.bytes = 0;
-        self.page = false;
-    }
-}
-
-impl Drop for Charge<'_> {
-    fn drop(&mut self) {
-        if self.bytes > 0 {
-            self.give_back(self.bytes);
-        }
-        if self.page {
-            self.pool.vm.persistent_pages.release(1);
-        }
-    }
 }

@@ -9,6 +9,7 @@ use tmem_wire::Encoding;
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::arena::{Arena, ArenaFile};
+use crate::charge;
 use crate::config::StoreConfig;
 use crate::directory::Directory;
 use crate::error::OpenError;
@@ -174,8 +175,8 @@ impl Store {
                 pool.vm.ephemeral.lock().list.add(&self.slabs, at, Order::Sieve);
             }
             drop(shard);
-            Store::account_added(pool, state.encoding(), state.length(), bytes);
-            Store::charge_recovered(pool, bytes, inserted.new_block);
+            charge::add(pool, state.encoding(), state.length(), bytes);
+            charge::add_recovered(pool, bytes, inserted.new_block);
         }
         self.slabs.adopt(slab, class, &free);
     }

@@ -9,12 +9,12 @@ use std::sync::Arc;
 use crate::sync::{Mutex, RwLock};
 use tmem_wire::{PoolCreate, PAGE_BYTES};
 
+use crate::charge::INDEX_BYTES;
 use crate::config::{Attach, Incompressible, PoolId, VmId, VmLimits};
 use crate::directory::Directory;
 use crate::error::{AdminError, PoolError};
 use crate::index::BLOCK_BYTES;
 use crate::layout::{HEADER_BYTES, MAX_SLABS};
-use crate::ops::INDEX_BYTES;
 use crate::pool::{Pool, PoolRef};
 use crate::slabs::Slabs;
 use crate::stats::{PoolStats, Usage, VmStats};
