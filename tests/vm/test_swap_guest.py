@@ -31,6 +31,7 @@ NEWCOMER_MIB = 16
 SHORT_S = 6.0
 SOAK_S = float(os.environ.get("TMEM_SWAP_SOAK_S", "3600"))
 """Seconds of the long test, over both devices together."""
+FILLINGS = 24
 READS = 1500
 """Pages that must come back from swap after a disturbance."""
 
@@ -192,6 +193,26 @@ def test_memory_stays_intact_for_long(trouble: Trouble) -> None:
             getattr(trouble, kind)(trouble.chance.uniform(5, 30))
         guest.await_reads(READS)
     print(f"{done}; {guest.status()}")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("device", ["ublk", "nbd"])
+def test_filling_memory_again_and_again_never_stalls(vms: Vms, device: str) -> None:
+    """A lane that waits for memory waits for itself: of a dozen such fillings, one used to hang the guest."""
+    register = Registration(vms.tmemd.admin_socket, quota_bytes=800 * MIB, persistent_max_bytes=1024 * MIB)
+    up = vms.up(memory_bytes=MEMORY_MIB * MIB, register=register, files={VERIFIER: verifier()})
+    guest = SwapGuest(up)
+    guest.run(f"chmod 755 {VERIFIER}")
+    guest.swap_on(device, size_mib=DEVICE_MIB)
+    # Fragmented memory must not take the reserve away that packets to the host are made of.
+    assert guest.run("cat /proc/sys/vm/watermark_boost_factor") == "0\n"
+    for _ in range(FILLINGS):
+        guest.run(f"{VERIFIER} {MEMORY_MIB} 1 /run/never 0 > /run/filling.log 2>&1")
+    status = guest.status()
+    assert status["puts"] > FILLINGS * 4096
+    assert (status["disconnects"], status["lost"], status["io_errors"]) == (0, 0, 0), status
+    guest.swap_off()
+    guest.close()
 
 
 @pytest.mark.long

@@ -44,9 +44,10 @@ use front::{nbd, ublk};
 use service::Service;
 use shared::Shared;
 
-/// Most bytes for one packet on vsock. The driver wants its memory in one piece: two pages are always to be had from the
-/// kernel's reserve, eight may not be, and a lane that waits for them waits for itself.
-const PACKET_BYTES: usize = 7 * 1024;
+/// Most bytes for one packet on vsock. The driver wants memory for it in one piece, with its own data around it, and a lane
+/// that waits for memory waits for itself. Single pages are to be had from the kernel's reserve when larger pieces are
+/// not, even while it asks for more free memory than usual (`watermark_boost`).
+const PACKET_BYTES: usize = 3584;
 
 /// How the device reaches the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -195,6 +196,14 @@ mod tests {
         for bad in ["", "M", "-1M", "1X", "4K", "99999999T", "17T"] {
             assert!(pages(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_packets_memory_is_a_single_page() {
+        // Linux 6.12: `struct virtio_vsock_hdr` before the data, aligned, `struct skb_shared_info` behind it.
+        const HEADER: usize = 44;
+        const SHARED_INFO: usize = 320;
+        const { assert!((HEADER + PACKET_BYTES).next_multiple_of(64) + SHARED_INFO <= PAGE_BYTES) };
     }
 
     #[test]

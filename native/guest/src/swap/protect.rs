@@ -81,15 +81,22 @@ fn keep_reserve() -> io::Result<()> {
     let wanted_kib = (total_kib / 32).clamp(4 << 10, 32 << 10);
     raise("min_free_kbytes", wanted_kib)?;
     // In ten-thousandths of memory.
-    raise("watermark_scale_factor", 200)
+    raise("watermark_scale_factor", 200)?;
+    // After memory got fragmented the kernel asks for up to twice the reserve, and counts the half that is for real-time
+    // tasks from there: for a while there is no such half.
+    set("watermark_boost_factor", |present| (present > 0).then_some(0))
 }
 
 fn raise(setting: &str, wanted: u64) -> io::Result<()> {
+    set(setting, |present| (present < wanted).then_some(wanted))
+}
+
+fn set(setting: &str, better: impl FnOnce(u64) -> Option<u64>) -> io::Result<()> {
     let path = format!("/proc/sys/vm/{setting}");
     let present: u64 = std::fs::read_to_string(&path)?.trim().parse().unwrap_or(0);
-    if present < wanted {
+    if let Some(wanted) = better(present) {
         std::fs::write(&path, wanted.to_string())?;
-        log::info!("vm.{setting} raised from {present} to {wanted}");
+        log::info!("vm.{setting} changed from {present} to {wanted}");
     }
     Ok(())
 }
