@@ -54,6 +54,7 @@ test: test-rust test-python
 test-rust: setup
 	cargo test --profile test-fast --workspace --exclude tmem-py
 	RUSTFLAGS='--cfg shuttle' cargo test --target-dir target/shuttle -p tmem-store --test shuttle
+	RUSTFLAGS='--cfg shuttle' cargo test --target-dir target/shuttle -p tmem-guest --lib in_any_order
 
 test-python: setup
 	$(PYTEST) tests -m 'not long'

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use rustix::mm::{mlock, mmap_anonymous, MapFlags, ProtFlags};
 
-use super::table::{Table, EPOCHS};
+use super::table::{Table, Word, EPOCHS};
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
@@ -88,7 +88,7 @@ impl Shared {
     /// Map and lock memory for a device of `pages` pages. The mapping lives as long as any process that has it.
     pub fn map(pages: u32) -> io::Result<Shared> {
         let table_at = size_of::<State>().next_multiple_of(64);
-        let bytes = table_at + pages as usize * size_of::<AtomicU32>();
+        let bytes = table_at + pages as usize * size_of::<Word>();
         // SAFETY: a fresh anonymous mapping at an address of the kernel's choice aliases nothing.
         let base = unsafe {
             mmap_anonymous(
@@ -105,7 +105,7 @@ impl Shared {
         // SAFETY: as above; the table starts after the state, on a multiple of 64 bytes.
         #[allow(clippy::cast_ptr_alignment)]
         let table = unsafe {
-            std::slice::from_raw_parts(base.cast::<u8>().add(table_at).cast::<AtomicU32>(), pages as usize)
+            std::slice::from_raw_parts(base.cast::<u8>().add(table_at).cast::<Word>(), pages as usize)
         };
         Ok(Shared { state, table: Table::new(table) })
     }
