@@ -9,7 +9,7 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -80,14 +80,26 @@ class Nbd:
 
 
 class Shim:
-    """A running shim; a context manager that leaves nothing behind. `disk` can do direct I/O."""
+    """A running shim; a context manager that leaves nothing behind. `disk` can do direct I/O.
 
-    def __init__(self, directory: Path, disk: Path, endpoint: str, *options: str, size: str = "16M") -> None:
+    `wrapper` is a command that runs the command behind it, with less than it has itself.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        disk: Path,
+        endpoint: str,
+        *options: str,
+        size: str = "16M",
+        wrapper: Sequence[str] = (),
+    ) -> None:
         self.nbd_socket = directory / "nbd.sock"
         self.file = disk / "swap.tmem"
         self._control = directory / "swap.sock"
         self._log = directory / "swap.log"
-        self._options = [
+        self.command = [
+            *(*wrapper, str(program()), "swap"),
             *("--file", str(self.file), "--size", size, "--endpoint", endpoint),
             *("--device", f"serve:{self.nbd_socket}", "--control", str(self._control), *options),
         ]
@@ -95,9 +107,7 @@ class Shim:
 
     def __enter__(self) -> Self:
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [str(program()), "swap", *self._options], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+            self._process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.wait_for("control socket", lambda _: self.nbd_socket.exists())
         return self
 

@@ -196,6 +196,42 @@ def test_what_cannot_work_is_refused_with_a_reason(disk: Path, options: list[str
     assert message in done.stderr
 
 
+# Ways to take a protection from a program that root starts.
+DENIED = {
+    "mlockall": ["prlimit", "--memlock=65536", "setpriv", "--bounding-set=-ipc_lock"],
+    "io_flusher": ["setpriv", "--bounding-set=-sys_resource"],
+    "oom_exempt": ["setpriv", "--bounding-set=-sys_resource"],
+    "real_time": ["prlimit", "--rtprio=0", "setpriv", "--bounding-set=-sys_nice"],
+    "memory_reserve": [
+        *("unshare", "--mount", "sh", "-c"),
+        'mount --bind /proc/version /proc/sys/vm/min_free_kbytes && exec "$@"',
+        "sh",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", DENIED)
+def test_a_missing_protection_is_warned_of_loudly_or_refused(
+    disk: Path, short_directory: Path, name: str
+) -> None:
+    endpoint = f"unix:{short_directory}/nobody"
+    with Shim(short_directory, disk, endpoint, wrapper=DENIED[name]) as shim:
+        protections = shim.status()["protections"]
+        log = shim.log
+    assert isinstance(protections, dict)
+    assert list(protections) == list(DENIED)
+    # The machine may deny more, a container for instance.
+    missing = [each for each, had in protections.items() if not had]
+    assert name in missing
+    for each in missing:
+        assert f"UNPROTECTED: no {each}: " in log
+    strict = Shim(short_directory, disk, endpoint, "--require-protection", wrapper=DENIED[name])
+    done = subprocess.run(strict.command, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode != 0
+    assert f"no {missing[0]}: " in done.stderr
+    assert "run as root" in done.stderr, "what to try"
+
+
 def test_a_full_file_system_is_named_and_left_as_it_was(disk: Path) -> None:
     image, mount = disk / "image", disk / "mount"
     mount.mkdir()
