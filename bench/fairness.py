@@ -22,6 +22,7 @@ from matplotlib import pyplot
 
 sys.path.insert(0, str(Path(__file__).parent))
 import transport_program
+from ending import unwind_on_signals
 from record import DIRECTORY, Record, machine, publish, record
 from transport_program import ROUNDS, Samples, collect, median, program, serving
 
@@ -120,6 +121,7 @@ def draw(samples: Samples, path: Path) -> None:
 
 def main() -> None:
     """Measure and publish."""
+    unwind_on_signals()
     transport_program.build()
     with tempfile.TemporaryDirectory(prefix="tmem-bench-") as directory:
         samples, largest = measure(Path(directory))

@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -25,6 +23,7 @@ from pathlib import Path
 
 import fs_jobs as jobs
 import matplotlib as mpl
+from ending import unwind_on_signals
 from fs_servers import Contenders, drop_caches
 from record import DIRECTORY, Record, machine, publish, record
 
@@ -209,8 +208,7 @@ def main() -> None:
     parser.add_argument("--way", action="append", choices=fs_vm.WAYS, help="only this way in a VM")
     parser.add_argument("--option", action="append", default=[], help="option for tmem-guest fs")
     options = parser.parse_args()
-    # Mounts and VMs are taken down on the way out.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))
+    unwind_on_signals()
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     before = earlier(DIRECTORY / "fs.json")
     native = [each for each in before if each.name.startswith(("native_", "daemon_"))]

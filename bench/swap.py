@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT / part) for part in ("bench", "host", "guest", "native/
 import swap_native  # noqa: E402
 import swap_vm  # noqa: E402
 from disk_model import DiskModel  # noqa: E402
+from ending import unwind_on_signals  # noqa: E402
 from record import DIRECTORY, Record, machine, publish, record  # noqa: E402
 
 _LABELS = {
@@ -165,6 +166,7 @@ def main() -> None:
     parts = set(options.parts) or {"native", "vm"}
     if parts - {"native", "vm"}:
         parser.error(f"no such part: {', '.join(sorted(parts - {'native', 'vm'}))}")
+    unwind_on_signals()
     records: list[Record] = []
     if "native" in parts:
         records += native_records(swap_native.measure(options.rounds))

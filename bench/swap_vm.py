@@ -3,7 +3,8 @@
 One Debian guest; a program larger than its memory (`guest/swapper.c`) is swapped to one device after the
 other, in every round to each: tmem over ublk and over NBD, a swap file on the data disk as it is and as the
 cloud disk of `disk_model`, zram. The devices of tmem are set up by `tmem-agent`, as an operator would. Then
-fio on each.
+fio on each. The cloud disk is one while something is measured, and a fast disk while memory is filled and
+swap turned off.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import disk_model
+from framework.daemon import Tmemd
 from tmem_host.vm import images, libvirtd, machine
 from tmem_host.vm.machine import Machine
 from tmem_host.vm.request import Registration, VmRequest
@@ -30,11 +33,14 @@ DEVICE_MIB = (
 )
 DEVICES = ("ublk", "nbd", "clouddisk", "swapfile", "zram")
 SMALL_DEVICE_MIB = 512
-_COMMAND_S = 400.0
+_COMMAND_S = 300.0
+_WORRY_S = 60.0
+"""Nothing takes so long when all is well: the benchmark says what it waits for."""
 _FIO_S = 3
 _FIO_MIB = 64
 # Name, fio's pattern, requests at a time.
 FIO_JOBS = (("randread", "randread", 1), ("randread16", "randread", 16), ("randwrite16", "randwrite", 16))
+_GATE = "/run/tmem-bench/gate"
 _TMEM_FILE = "/data/swap.tmem"
 _PLAIN_FILE = "/data/swap.plain"
 
@@ -46,15 +52,33 @@ Samples = dict[tuple[str, str], list[Figures]]
 class Guest:
     """The VM, and swap in it."""
 
-    def __init__(self, up: Machine, shell: GuestShell) -> None:
+    def __init__(self, up: Machine, shell: GuestShell, tmemd: Tmemd) -> None:
         self.up = up
         self.shell = shell
+        self.tmemd = tmemd
         self.model = disk_model.measure(up, shell)
         self._swapper = disk_model.install(shell, "swapper")
 
     def run(self, line: str) -> str:
         """A shell line that must succeed."""
-        return self.shell.check(line, deadline_s=_COMMAND_S)
+        with self._worrying(line):
+            return self.shell.check(line, deadline_s=_COMMAND_S)
+
+    @contextmanager
+    def _worrying(self, line: str) -> Iterator[None]:
+        def worry() -> None:
+            with self.tmemd.admin() as admin:
+                told = admin.vm(self.up.name)
+            console = "\n    ".join(self.up.console(8))
+            print(f"  waiting for {line!r} for {_WORRY_S:g} s; the host says {told}; the guest's console:")
+            print(f"    {console}", flush=True)
+
+        timer = threading.Timer(_WORRY_S, worry)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def prepare(self) -> None:
         """Make the plain swap file and the zram device."""
@@ -75,16 +99,43 @@ class Guest:
                 path = str(json.loads(self.run("tmem-agent status --json"))["swap"]["device"])
             else:
                 path = "/dev/zram0" if device == "zram" else _PLAIN_FILE
-                if device == "clouddisk":
-                    stack.enter_context(self.model.on(self.up))
                 self.run(f"mkswap {path} && swapon --priority 100 {path}")
                 stack.callback(self.run, f"swapoff {path}")
             yield path
 
-    def visit(self, seconds: float) -> list[dict[str, float | str]]:
-        """Run the program; one report for each way."""
-        output = self.run(f"{self._swapper} {PROGRAM_MIB} {seconds:g}")
-        return [json.loads(line) for line in output.splitlines()]
+    def throttled(self, device: str) -> AbstractContextManager[None]:
+        """While something is measured: what is the cloud disk is one."""
+        return self.model.on(self.up) if device == "clouddisk" else nullcontext()
+
+    def visit(self, device: str, seconds: float, tell: Callable[[str, Figures], None]) -> None:
+        """Run the program and tell of each way. RuntimeError if it fails."""
+        text, complaint = b"", b""
+        line = f"{self._swapper} {PROGRAM_MIB} {seconds:g} {_GATE}"
+        with ExitStack() as disk:
+
+            def heard(name: str, data: bytes) -> None:
+                nonlocal text, complaint
+                if name == "stderr":
+                    complaint += data
+                    return
+                *lines, text = (text + data).split(b"\n")
+                for report in map(json.loads, lines):
+                    way = report.pop("way")
+                    if way != "filled":
+                        cluster = report.pop("cluster")
+                        tell(way if cluster == -1 else f"{way}/{cluster}", report)
+                    if way == "fill":
+                        disk.close()
+                    elif way == "filled":
+                        disk.enter_context(self.throttled(device))
+                    if way in ("fill", "filled"):
+                        self.run(f"touch {_GATE}")
+
+            disk.enter_context(self.throttled(device))
+            with self._worrying(line):
+                code = self.shell.run(line, deadline_s=_COMMAND_S, on_output=heard)
+            if code != 0:
+                raise RuntimeError(f"the program ended with {code}: {complaint.decode(errors='replace')}")
 
     def shim(self) -> dict[str, float]:
         """What the swap shim says of itself."""
@@ -112,8 +163,6 @@ class Guest:
 @contextmanager
 def booted() -> Iterator[Guest]:
     """The guest, with a tmemd of its own."""
-    from framework.daemon import Tmemd  # noqa: PLC0415  # the path is set by the program
-
     with tempfile.TemporaryDirectory(prefix="sb-", dir="/dev/shm") as place, ExitStack() as stack:
         directory = Path(place)
         os.environ["TMEM_VM_DIRECTORY"] = str(directory / "vm")
@@ -125,24 +174,25 @@ def booted() -> Iterator[Guest]:
             name="bench-swap", memory_bytes=MEMORY_MIB * _MIB, register=register, wait="agent"
         )
         up = stack.enter_context(machine.up(request, print))
-        yield Guest(up, stack.enter_context(up.ssh()))
+        yield Guest(up, stack.enter_context(up.ssh()), tmemd)
 
 
 def one_round(guest: Guest, samples: Samples, seconds: float, number: int) -> None:
     """Swap to each device once; another one begins each round."""
     turn = number % len(DEVICES)
     for device in (*DEVICES[turn:], *DEVICES[:turn]):
+
+        def tell(way: str, figures: Figures, device: str = device) -> None:
+            samples.setdefault((device, way), []).append(figures)
+            print(
+                f"  {device:10} {way:14} {figures['pages_per_s']:9.0f} pages/s"
+                f"  p50 {figures.get('p50_us', 0):7.0f} µs  p99 {figures.get('p99_us', 0):8.0f} µs"
+                f"  guest CPU {figures['cpu']:5.0%}",
+                flush=True,
+            )
+
         with guest.swap(device):
-            for figures in guest.visit(seconds):
-                name, cluster = figures.pop("way"), figures.pop("cluster")
-                way = str(name) if cluster == -1 else f"{name}/{cluster}"
-                samples.setdefault((device, way), []).append({k: float(v) for k, v in figures.items()})
-                print(
-                    f"  {device:10} {way:14} {figures['pages_per_s']:9.0f} pages/s"
-                    f"  p50 {figures.get('p50_us', 0):7.0f} µs  p99 {figures.get('p99_us', 0):8.0f} µs"
-                    f"  guest CPU {figures['cpu']:5.0%}",
-                    flush=True,
-                )
+            guest.visit(device, seconds, tell)
             if device in ("ublk", "nbd"):
                 shim = guest.shim()
                 kept = ("puts", "refused", "hedged", "reads_host", "reads_file", "writes_file")
@@ -158,11 +208,12 @@ def fio_round(guest: Guest, samples: Samples) -> None:
             guest.run(f"swapoff {path}")
             fill = "--rw=write --bs=64k --direct=1 --refill_buffers --buffer_compress_percentage=50"
             guest.run(f"fio --name=fill --filename={path} {fill} --size={_FIO_MIB}M --output-format=terse")
-            for name, pattern, depth in FIO_JOBS:
-                figures = guest.fio(path, pattern, depth)
-                samples.setdefault((device, name), []).append(figures)
-                rate = f"{figures['iops']:8.0f} IOPS  p50 {figures['p50_us']:6.0f} µs"
-                print(f"  {device:10} fio {name:12} {rate}", flush=True)
+            with guest.throttled(device):
+                for name, pattern, depth in FIO_JOBS:
+                    figures = guest.fio(path, pattern, depth)
+                    samples.setdefault((device, name), []).append(figures)
+                    rate = f"{figures['iops']:8.0f} IOPS  p50 {figures['p50_us']:6.0f} µs"
+                    print(f"  {device:10} fio {name:12} {rate}", flush=True)
             guest.run(f"mkswap {path} && swapon {path}")
 
 

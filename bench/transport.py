@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import transport_program
 import transport_unix
 import transport_vm
+from ending import unwind_on_signals
 from record import DIRECTORY, Record, machine, publish
 from transport_program import Samples
 
@@ -66,6 +67,7 @@ def main() -> None:
     parts = sys.argv[1:] or list(PARTS)
     if not set(parts) <= set(PARTS):
         raise SystemExit(f"transport.py: the parts are {' and '.join(PARTS)}, not {' '.join(parts)}")
+    unwind_on_signals()
     transport_program.build()
     records: list[Record] = []
     samples: Samples = {}

@@ -1,15 +1,18 @@
 // A program larger than memory, and how fast the kernel swaps it out and in.
 //
-//   swapper MIB SECONDS
+//   swapper MIB SECONDS [GATE]
 //
 // Fills MIB of memory with pages that tell what they are and that compress to about half, then visits them in several
 // ways for at most SECONDS each. Each visit checks the page. Prints a JSON object for each way:
 //
-//   fill           writes all pages, one after the other: the kernel swaps the first ones out
+//   fill           writes pages, one after the other: the kernel swaps the first ones out; the rest is written untimed
 //   seq_in C       reads pages one after the other, with vm.page-cluster C; the first ones still push written pages out
 //   rand_in C      reads random pages that are not in memory
 //   rand_in4 C     four threads do so
 //   rand_write C   rewrites random pages that are not in memory: each comes in, and another goes out
+//
+// After "fill" and before the rest is written, and again before the pages are visited, it waits for somebody to make the
+// file GATE, if one is named, and removes it: a disk that is throttled for what is measured need not be for the rest.
 //
 // `pages_per_s` of fill and seq_in is what the kernel itself counts; of the random ones, pages visited. Latencies are of
 // single visits. `cpu` is the share of the time in which the guest's processor was busy, programs and kernel together.
@@ -26,7 +29,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, WORDS = PAGE / 8, LOOK = 512, MOST = 1 << 18, THREADS = 4 };
+enum { PAGE = 4096, WORDS = PAGE / 8, LOOK = 512, MOST = 1 << 18, THREADS = 4, FILL_LIMITS = 4 };
 
 static uint64_t *memory;
 static uint64_t pages;
@@ -117,10 +120,17 @@ static void report(const char *way, int cluster, double count, double seconds, d
     fflush(stdout);
 }
 
-static void fill_all(void) {
-    uint64_t before = counted("pswpout "), first = before, last = before;
+static void wait_at(const char *gate) {
+    struct timespec pause = {.tv_nsec = 10000000};
+    while (gate && unlink(gate))
+        nanosleep(&pause, NULL);
+}
+
+// Timed from the first page that the kernel swaps out, for FILL_LIMITS times the limit at most.
+static void fill_all(const char *gate) {
+    uint64_t before = counted("pswpout "), first = before, last = before, page = 0;
     double began = now(), busy_before = busy();
-    for (uint64_t page = 0; page < pages; page++) {
+    for (; page < pages && (last == before || now() - began < FILL_LIMITS * limit_s); page++) {
         fill(page, 0);
         if (page % LOOK)
             continue;
@@ -130,6 +140,12 @@ static void fill_all(void) {
     }
     last = counted("pswpout ");
     report("fill", -1, (double)(last - first), now() - began, busy() - busy_before);
+    wait_at(gate);
+    for (; page < pages; page++)
+        fill(page, 0);
+    printf("{\"way\": \"filled\"}\n");
+    fflush(stdout);
+    wait_at(gate);
 }
 
 static void visit_in_order(int cluster) {
@@ -190,8 +206,8 @@ static void visit_randomly(const char *way, int cluster, int threads, int write)
 }
 
 int main(int argc, char **argv) {
-    if (argc != 3) {
-        fprintf(stderr, "usage: swapper MIB SECONDS\n");
+    if (argc != 3 && argc != 4) {
+        fprintf(stderr, "usage: swapper MIB SECONDS [GATE]\n");
         return 2;
     }
     pages = strtoull(argv[1], NULL, 10) * 256;
@@ -212,7 +228,7 @@ int main(int argc, char **argv) {
     }
     madvise(memory, pages * PAGE, MADV_NOHUGEPAGE);
     set_cluster(3);
-    fill_all();
+    fill_all(argv[3]);
     for (int cluster = 3; cluster >= 0; cluster -= 3)
         visit_in_order(cluster);
     for (int cluster = 3; cluster >= 0; cluster -= 3) {
