@@ -154,8 +154,6 @@ def trouble(request: pytest.FixtureRequest, module_vms: Vms, mini: SwapGuest) ->
 @pytest.mark.parametrize("kind", Trouble.ALL)
 def test_memory_stays_intact(trouble: Trouble, kind: str) -> None:
     guest = trouble.guest
-    if kind == "shim_kills" and guest.device.startswith("/dev/nbd"):
-        pytest.skip("the kernel repeats requests to NBD after 30 s, SSH waits for them too: in the long test")
     before = guest.status()
     getattr(trouble, kind)(SHORT_S)
     guest.await_reads(READS)

@@ -168,7 +168,9 @@ impl<'a> Service<'a> {
         let lanes = self.ublk_lanes(device).and_then(|lanes| {
             self.start(path.clone())?;
             driver.start(device, recovered.is_some())?;
-            device.tune();
+            if recovered.is_none() {
+                device.tune();
+            }
             Ok(lanes)
         });
         let lanes = match lanes {
@@ -212,8 +214,8 @@ impl<'a> Service<'a> {
             .map(|(number, socket)| self.lane(number, move || Ok(Nbd::new(socket, depth.into()))))
             .collect::<io::Result<_>>()?;
         self.start(path.clone())?;
-        device.tune()?;
         if recovered.is_none() {
+            device.tune()?;
             super::ready(&path);
         }
         let claimed = self.wait_for_the_end(&signals, &path, || device.claim())?;

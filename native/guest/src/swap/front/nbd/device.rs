@@ -214,7 +214,8 @@ impl NbdDevice {
     }
 
     /// Settings of the block layer that the protocol cannot carry. Without the first, requests come that are too large
-    /// to be served.
+    /// to be served. Only for a device that nobody uses yet: the kernel waits for all requests under way, and a server
+    /// killed while it waits for its own answers is never gone, so that no other can follow it.
     pub(in crate::swap) fn tune(self) -> io::Result<()> {
         let set = |setting: &str, value: &str| {
             let path = format!("/sys/block/nbd{}/queue/{setting}", self.number);

@@ -201,7 +201,9 @@ impl Ublk {
     }
 
     /// Settings of the block layer that make swapping to a server in user space slow, or worse, taken back. Writeback
-    /// throttling would have whoever frees memory wait for our answers, even those whose work our answers need.
+    /// throttling would have whoever frees memory wait for our answers, even those whose work our answers need. Only for
+    /// a device that nobody uses yet: the kernel waits for all requests under way, and a server killed while it waits
+    /// for its own answers is never gone, so that no other can follow it.
     pub(in crate::swap) fn tune(self) {
         for (setting, value) in [("wbt_lat_usec", "0"), ("scheduler", "none"), ("add_random", "0")] {
             let path = format!("/sys/block/ublkb{}/queue/{setting}", self.number);
