@@ -149,8 +149,8 @@ fn serve(args: &Args) -> Result<(), FsError> {
         spawn("tmem-watch", move || watch.run(&tree, &device))?;
     }
     let workers = Workers::start(args.threads.clamp(1, 64), &tree, device)?;
-    if let Err(error) = device::widen_read_ahead(&mount) {
-        log::warn!("{}: cannot widen the read-ahead: {error}", mount.display());
+    if let Err(error) = device::set_read_ahead(&mount) {
+        log::warn!("{}: cannot set the read-ahead: {error}", mount.display());
     }
     let names = Names {
         mount: mount.clone(),
