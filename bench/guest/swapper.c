@@ -126,20 +126,25 @@ static void wait_at(const char *gate) {
         nanosleep(&pause, NULL);
 }
 
-// Timed from the first page that the kernel swaps out, for FILL_LIMITS times the limit at most.
+// Pages that the kernel counts as swapped out but that the device does not have yet are not.
+static int64_t swapped_out(void) {
+    return (int64_t)counted("pswpout ") - (int64_t)counted("nr_writeback ");
+}
+
+// Timed from when the kernel swaps in earnest, for FILL_LIMITS times the limit at most.
 static void fill_all(const char *gate) {
-    uint64_t before = counted("pswpout "), first = before, last = before, page = 0;
+    int64_t before = swapped_out(), first = before;
+    uint64_t page = 0;
     double began = now(), busy_before = busy();
-    for (; page < pages && (last == before || now() - began < FILL_LIMITS * limit_s); page++) {
+    for (; page < pages && (first == before || now() - began < FILL_LIMITS * limit_s); page++) {
         fill(page, 0);
-        if (page % LOOK)
+        if (page % LOOK || first > before)
             continue;
-        last = counted("pswpout ");
-        if (first == before && last > before)
-            first = last, began = now(), busy_before = busy();
+        int64_t out = swapped_out();
+        if (out > before + LOOK)
+            first = out, began = now(), busy_before = busy();
     }
-    last = counted("pswpout ");
-    report("fill", -1, (double)(last - first), now() - began, busy() - busy_before);
+    report("fill", -1, (double)(swapped_out() - first), now() - began, busy() - busy_before);
     wait_at(gate);
     for (; page < pages; page++)
         fill(page, 0);

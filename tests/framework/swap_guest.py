@@ -146,12 +146,13 @@ class SwapGuest:
                 f"echo +memory > {_CGROUPS}/cgroup.subtree_control; mkdir -p {_CGROUPS}/verify; "
                 f"echo {memory_mib}M > {_CGROUPS}/verify/memory.max"
             )
-            enter = f"echo $$ > {_CGROUPS}/verify/cgroup.procs; "
+            enter = f"echo 0 > {_CGROUPS}/verify/cgroup.procs; "
         self.run(f"rm -f {_STOP} /run/verify.*")
         self._verifiers = processes
         for number in range(processes):
-            # Should memory run out, it is not for them to end.
-            body = f"{enter}echo -900 > /proc/self/oom_score_adj; {VERIFIER} {size_mib} 86400 {_STOP} 0"
+            # Should memory run out, it is not for them to end. The shell that waits for one keeps its memory.
+            body = f"({enter}exec {VERIFIER} {size_mib} 86400 {_STOP} 0)"
+            body = f"echo -900 > /proc/self/oom_score_adj; {body}"
             log = f"/run/verify.{number}"
             self.run(f"setsid sh -c '{body}; echo $? > {log}.exit' > {log}.log 2>&1 < /dev/null &")
         self.until(
