@@ -83,6 +83,9 @@ class SwapGuest:
         self.run(f"rm -f {_CONTROL}; setsid tmem-guest swap {words} > /run/swap.log 2>&1 < /dev/null &")
         self.until(self._ready, "the shim serves its device")
         self.device = str(self.status()["device"])
+        assert "is ready" in self.log(), (
+            "instead of to a file, which may be swapped out, the shim logs to the kernel"
+        )
         self.run(f"mkswap {self.device} > /dev/null && swapon -dpages {self.device}")
 
     def _ready(self) -> bool:

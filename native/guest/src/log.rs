@@ -104,9 +104,11 @@ impl Log for Stderr {
             return;
         }
         let stderr = std::io::stderr();
+        let to_kernel = TO_KERNEL.load(Ordering::Relaxed);
         let mut ready = [PollFd::from_borrowed_fd(stderr.as_fd(), PollFlags::OUT)];
         let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
-        if !matches!(poll(&mut ready, Some(&at_once)), Ok(1)) {
+        // The kernel's log takes lines at all times, and says of itself only when it can be read.
+        if !to_kernel && !matches!(poll(&mut ready, Some(&at_once)), Ok(1)) {
             return;
         }
         let mut line = [0; LINE_BYTES];
@@ -114,7 +116,7 @@ impl Log for Stderr {
             rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Socket
         });
         let reader = match is_socket {
-            _ if TO_KERNEL.load(Ordering::Relaxed) => Reader::Kernel,
+            _ if to_kernel => Reader::Kernel,
             true => Reader::Journal,
             false => Reader::Person,
         };
