@@ -117,7 +117,7 @@ def test_a_module_the_kernel_lacks_is_named(kernel_root: Path) -> None:
         add_modules(Archive(), kernel_root, ["warp"])
 
 
-@pytest.mark.parametrize("name", ["debian", "mini", "plain"])
+@pytest.mark.parametrize("name", ["debian", "mini", "nested", "plain"])
 def test_the_provided_definitions_are_sound(name: str) -> None:
     loaded = definition.load(name)
     assert loaded.description
@@ -134,7 +134,7 @@ def test_plain_shares_all_but_the_payload_with_debian() -> None:
 
 
 def test_an_unknown_image_is_named_with_those_there_are() -> None:
-    with pytest.raises(OperatorError, match=r"no image 'windows'.*debian, mini, plain") as caught:
+    with pytest.raises(OperatorError, match=r"no image 'windows'.*debian, mini, nested, plain") as caught:
         definition.load("windows")
     assert caught.value.code is ExitCode.NOT_FOUND
 
