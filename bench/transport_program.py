@@ -78,9 +78,16 @@ def parse(output: str) -> dict[str, float]:
     return report
 
 
-def collect(samples: Samples, name: str, run: Run, *, own_session: bool = False) -> None:
-    """Run it on this machine and keep its figures."""
-    command = [str(program()), *run]
+def pinned(cpu: int | None, command: list[str]) -> list[str]:
+    """The command, kept to one CPU; `None` for all."""
+    return command if cpu is None else ["taskset", "--cpu-list", str(cpu), *command]
+
+
+def collect(
+    samples: Samples, name: str, run: Run, *, own_session: bool = False, cpu: int | None = None
+) -> None:
+    """Run it on this machine, on this CPU or on all, and keep its figures."""
+    command = pinned(cpu, [str(program()), *run])
     output = subprocess.check_output(command, timeout=_RUN_S, text=True, start_new_session=own_session)
     samples.setdefault(name, []).append(parse(output))
 

@@ -15,10 +15,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from record import Record, record
+from tmem_host.api.client import Client
+from tmem_host.api.types import VmSpec
 from tmem_host.vm import images, libvirtd, machine, transport
 from tmem_host.vm.machine import Machine
 from tmem_host.vm.request import Registration, VmRequest
 from tmem_host.vm.ssh import GuestShell
+from tmem_host.vm.transport import TransportChoice
 from transport_program import BATCHES, ROUNDS, Samples, median, parse, program, waiting_for
 
 _MIB = 1 << 20
@@ -54,6 +57,36 @@ def _in_venv(command: list[str]) -> list[str]:
 
 
 @contextmanager
+def machine_with_device(directory: Path, name: str) -> Iterator[Machine]:
+    """A VM with tmemd's own device, and a tmemd with its sockets in `directory`/vm."""
+    os.environ["TMEM_VM_DIRECTORY"] = str(directory / "vm")
+    images.build("mini", progress=print)
+    with ExitStack() as stack:
+        admin = stack.enter_context(_tmemd(directory))
+        stack.enter_context(libvirtd.running())
+        yield stack.enter_context(machine.up(_request(name, "vhost-user", admin), print))
+
+
+def register(directory: Path, name: str) -> None:
+    """Make a VM known to that tmemd that nobody runs."""
+    with Client(directory / "admin.sock") as client:
+        client.add_vm(name, VmSpec(quota_bytes=200 * _MIB))
+
+
+def _request(name: str, choice: TransportChoice, admin: Path) -> VmRequest:
+    return VmRequest(
+        name=f"bench-{name}",
+        image="mini",
+        memory_bytes=384 * _MIB,
+        transport=choice,
+        register=Registration(admin, quota_bytes=200 * _MIB),
+        files={_PROGRAM: program().read_bytes()},
+        # virtio-blk is to answer from the host's page cache.
+        disk_cache="writeback",
+    )
+
+
+@contextmanager
 def _machines(directory: Path) -> Iterator[dict[str, Machine]]:
     os.environ["TMEM_VM_DIRECTORY"] = str(directory / "vm")
     images.build("mini", progress=print)
@@ -61,24 +94,18 @@ def _machines(directory: Path) -> Iterator[dict[str, Machine]]:
         admin = stack.enter_context(_tmemd(directory))
         stack.enter_context(libvirtd.running())
         found = {}
-        for name, choice in (("ours", "vhost-user"), ("peer", "vhost-device-vsock")):
+        wanted: tuple[tuple[str, TransportChoice], ...] = (
+            ("ours", "vhost-user"),
+            ("peer", "vhost-device-vsock"),
+        )
+        for name, choice in wanted:
             if choice == "vhost-device-vsock":
                 try:
                     transport.find_program()
                 except Exception as error:
                     print(f"without {choice}: {error}")
                     continue
-            request = VmRequest(
-                name=f"bench-{name}",
-                image="mini",
-                memory_bytes=384 * _MIB,
-                transport=choice,  # type: ignore[arg-type]
-                register=Registration(admin, quota_bytes=200 * _MIB),
-                files={_PROGRAM: program().read_bytes()},
-                # virtio-blk is to answer from the host's page cache.
-                disk_cache="writeback",
-            )
-            found[name] = stack.enter_context(machine.up(request, print))
+            found[name] = stack.enter_context(machine.up(_request(name, choice, admin), print))
         yield found
 
 

@@ -59,6 +59,7 @@ _VM_COUNTERS = {
     "protocol_errors": "Connections closed because the guest broke the protocol",
     "timeouts": "Connections closed because the guest was silent or did not read",
     "throttled": "Requests that waited for the rate limit",
+    "gave_way": "Times that work for it was interrupted to let other VMs' threads run",
 }
 _REPORT_GAUGES = {
     "psi_some_avg10": "Guest's PSI memory some, percent",

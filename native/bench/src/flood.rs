@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tmem_wire::pages::write_keys;
 use tmem_wire::{Header, Key, Op};
 
-use crate::client::{key, Client, Content};
+use crate::client::{key, put_frame, Client, Content};
 use crate::endpoint::Endpoint;
 use crate::report::Report;
 use crate::Failure;
@@ -17,6 +17,8 @@ use crate::Failure;
 pub(crate) enum Way {
     /// The largest batches, as fast as they are answered.
     MaxBatches,
+    /// The largest batches of puts, which take longest to serve.
+    MaxPuts,
     /// Single pages, as many in flight as the stream holds.
     TinyBatches,
     /// Connections, opened and dropped.
@@ -27,6 +29,8 @@ pub(crate) enum Way {
     HalfFrames,
     /// Bytes that are no frames.
     Garbage,
+    /// No request at all, only computing: what busy CPUs alone do to a neighbour.
+    Busy,
 }
 
 #[derive(Clone, clap::Args)]
@@ -73,6 +77,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
 }
 
 fn once(arguments: &Arguments, until: Instant) -> Result<u64, Failure> {
+    if arguments.way == Way::Busy {
+        while Instant::now() < until {
+            std::hint::spin_loop();
+        }
+        return Ok(1);
+    }
     if arguments.way == Way::ConnectStorm {
         drop(arguments.endpoint.connect()?);
         return Ok(1);
@@ -82,11 +92,16 @@ fn once(arguments: &Arguments, until: Instant) -> Result<u64, Failure> {
     client.fill(Content::Raw, 256)?;
     let keys: Vec<Key> = (0..batch).map(key).collect();
     let mut frame = Vec::new();
-    write_keys(Op::Get, 9, client.pool, false, &keys, &mut frame);
+    if arguments.way == Way::MaxPuts {
+        let indices: Vec<u32> = (0..batch).collect();
+        put_frame(&mut frame, 9, client.pool, Content::Half, &indices);
+    } else {
+        write_keys(Op::Get, 9, client.pool, false, &keys, &mut frame);
+    }
     let mut done = 0;
     while Instant::now() < until {
         match arguments.way {
-            Way::MaxBatches => {
+            Way::MaxBatches | Way::MaxPuts => {
                 client.send(&frame)?;
                 client.answer()?;
             }
@@ -114,7 +129,7 @@ fn once(arguments: &Arguments, until: Instant) -> Result<u64, Failure> {
                 client.send(&[0x5a; 4096])?;
                 client.answer()?;
             }
-            Way::ConnectStorm => {}
+            Way::ConnectStorm | Way::Busy => {}
         }
         done += 1;
     }

@@ -16,7 +16,7 @@ use crate::engine::Engine;
 use crate::limits::{Limits, Turn, MAX_FRAME_BYTES, OUT_HIGH_WATER, SMALL_FRAME_BYTES};
 use crate::outbox::{Wake, Waker};
 use crate::polling::Habit;
-use crate::scheduling;
+use crate::scheduling::{self, PIECE_BYTES};
 use crate::session::{Session, State};
 use crate::vm::Vm;
 
@@ -25,6 +25,8 @@ const TICK: Duration = Duration::from_secs(10);
 /// How long to wait for memory before looking whether the session is to end.
 const MEMORY_PATIENCE: Duration = Duration::from_millis(200);
 const STACK_BYTES: usize = 256 << 10;
+/// Receiving takes longer only for a thread that has slept in it.
+const AWAKE: Duration = Duration::from_micros(20);
 
 /// What wakes the thread of a connection.
 struct Signal {
@@ -57,7 +59,7 @@ pub(crate) fn start(engine: &Arc<Engine>, vm: &Arc<Vm>, socket: OwnedFd, peer: S
     };
     let engine = engine.clone();
     thread::Builder::new().name(format!("vm {}", vm.name)).stack_size(STACK_BYTES).spawn(move || {
-        scheduling::prefer_latency();
+        scheduling::serve(&engine.company, session.vm());
         let mut connection = Connection::new(&engine, &signal, session);
         if let End::TimedOut(what) = connection.run() {
             connection.session.timed_out(what);
@@ -83,6 +85,8 @@ struct Connection<'a> {
     input: Input,
     out: Vec<u8>,
     habit: Habit,
+    /// Whether other VMs were at work a short while ago.
+    shared: bool,
     /// Deadline of HELLO, then of the frame that is half here.
     deadline: Option<(Instant, &'static str)>,
     heard: Instant,
@@ -99,6 +103,7 @@ impl<'a> Connection<'a> {
             input: Input::new(),
             out: Vec::with_capacity(OUT_HIGH_WATER),
             habit: Habit::new(limits.busy_poll),
+            shared: false,
             deadline: Some((now + limits.hello_timeout, "no HELLO in time")),
             heard: now,
         }
@@ -114,6 +119,7 @@ impl<'a> Connection<'a> {
         loop {
             let (fed, sent) = {
                 let _turn = self.turn(&vm);
+                scheduling::go_on(self.shared);
                 let fed = self.session.feed(self.input.bytes(), &mut self.out);
                 // Copying answers is work as well. What does not fit waits outside: a guest that does not read must
                 // not keep its VM's other connections waiting.
@@ -146,8 +152,12 @@ impl<'a> Connection<'a> {
     }
 
     /// Wait for the VM's turn, if it is not alone.
-    fn turn<'v>(&self, vm: &'v Vm) -> Option<Turn<'v>> {
-        (!self.input.is_empty() && self.engine.company.is_at_work(vm.id.0)).then(|| vm.turnstile.enter())
+    fn turn<'v>(&mut self, vm: &'v Vm) -> Option<Turn<'v>> {
+        if self.input.is_empty() {
+            return None;
+        }
+        self.shared = self.engine.company.is_at_work(vm.id.0);
+        self.shared.then(|| vm.turnstile.enter())
     }
 
     /// Set or clear the deadline of the frame that is half here.
@@ -165,14 +175,18 @@ impl<'a> Connection<'a> {
 
     /// Send what the socket takes at once; returns how much that was.
     fn send_now(&self) -> Result<usize, End> {
-        if self.out.is_empty() {
-            return Ok(0);
+        let mut done = 0;
+        while done < self.out.len() {
+            let piece = &self.out[done..];
+            let piece = if self.shared { &piece[..piece.len().min(PIECE_BYTES)] } else { piece };
+            match net::send(&self.signal.socket, piece, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+                Ok(sent) => done += sent,
+                Err(Errno::INTR | Errno::AGAIN) => break,
+                Err(_) => return Err(End::Closed),
+            }
+            scheduling::give_way();
         }
-        match net::send(&self.signal.socket, &self.out, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
-            Ok(sent) => Ok(sent),
-            Err(Errno::INTR | Errno::AGAIN) => Ok(0),
-            Err(_) => Err(End::Closed),
-        }
+        Ok(done)
     }
 
     /// Send what comes after the first `sent` bytes, waiting for the guest to read.
@@ -180,7 +194,8 @@ impl<'a> Connection<'a> {
         let mut rest = &self.out[sent..];
         let mut deadline = None;
         while !rest.is_empty() {
-            match net::send(&self.signal.socket, rest, SendFlags::NOSIGNAL) {
+            let piece = if self.shared { &rest[..rest.len().min(PIECE_BYTES)] } else { rest };
+            match net::send(&self.signal.socket, piece, SendFlags::NOSIGNAL) {
                 Ok(sent) => rest = &rest[sent..],
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Err(End::TimedOut("answers were not read in time")),
@@ -207,10 +222,11 @@ impl<'a> Connection<'a> {
                 return Err(End::TimedOut(what));
             }
         }
+        let most = if self.shared { PIECE_BYTES } else { MAX_FRAME_BYTES };
         if let Some(until) = self.habit.deadline(began) {
             if let Some(_spinning) = self.engine.spinners.enter() {
                 while Instant::now() < until {
-                    match self.input.receive(&self.signal.socket, RecvFlags::DONTWAIT) {
+                    match self.input.receive(&self.signal.socket, most, RecvFlags::DONTWAIT) {
                         Err(Errno::AGAIN | Errno::INTR) => std::hint::spin_loop(),
                         received => return self.received(received, began),
                     }
@@ -222,7 +238,7 @@ impl<'a> Connection<'a> {
         if control && !self.sleep_for_either(limits)? {
             return Ok(());
         }
-        match self.input.receive(&self.signal.socket, flags) {
+        match self.input.receive(&self.signal.socket, most, flags) {
             Err(Errno::INTR) => Ok(()),
             Err(Errno::AGAIN) => {
                 self.tick(limits)?;
@@ -239,6 +255,9 @@ impl<'a> Connection<'a> {
                 let now = Instant::now();
                 self.heard = now;
                 self.habit.waited(now - began);
+                if now - began > AWAKE {
+                    scheduling::begin_stretch(self.shared);
+                }
                 Ok(())
             }
         }
@@ -329,8 +348,10 @@ impl Input {
         }
     }
 
-    fn receive(&mut self, socket: &OwnedFd, flags: RecvFlags) -> Result<usize, Errno> {
-        let (received, _) = net::recv(socket, &mut self.data[self.end..], flags)?;
+    /// Receive what is there, up to `most` bytes.
+    fn receive(&mut self, socket: &OwnedFd, most: usize, flags: RecvFlags) -> Result<usize, Errno> {
+        let end = self.data.len().min(self.end + most);
+        let (received, _) = net::recv(socket, &mut self.data[self.end..end], flags)?;
         self.end += received;
         Ok(received)
     }

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use tmem_store::{AdminError, Store, VmLimits};
 use tmem_wire::Notice;
 
-use crate::limits::{Budget, Company, Limits};
+use crate::company::Company;
+use crate::limits::{Budget, Limits};
 use crate::listener::{Acceptor, SocketOptions};
 use crate::polling::Spinners;
 use crate::vhost_user::{DeviceConfig, VsockDevice};
@@ -89,7 +90,7 @@ pub struct Engine {
     sockets: SocketOptions,
     keeper: OnceLock<PathBuf>,
     pub(crate) spinners: Spinners,
-    pub(crate) company: Company,
+    pub(crate) company: Arc<Company>,
     draining: AtomicBool,
     sessions: Mutex<usize>,
     session_ended: Condvar,
@@ -113,7 +114,7 @@ impl Engine {
             sockets,
             keeper: OnceLock::new(),
             spinners: Spinners::new(),
-            company: Company::new(),
+            company: Arc::new(Company::new()),
             draining: AtomicBool::new(false),
             sessions: Mutex::new(0),
             session_ended: Condvar::new(),
@@ -167,7 +168,7 @@ impl Engine {
             spec.clone(),
             &self.limits,
             Budget::new(self.limits.in_flight_bytes, Some(self.in_flight.clone())),
-            self.rate(limits),
+            limits.weight,
         ));
         let endpoints = self.open(&vm).inspect_err(|_| {
             if !known {
@@ -260,7 +261,8 @@ impl Engine {
         let vm = self.vm(name)?;
         let before = self.store.limits(vm.id).map(|limits| limits.quota_bytes);
         self.store.set_limits(vm.id, limits)?;
-        vm.bucket.set_rate(self.rate(limits));
+        vm.bucket.set_rate(self.limits.pages_per_s_of(limits.weight));
+        vm.weight.store(limits.weight, Ordering::Relaxed);
         if before != Some(limits.quota_bytes) {
             let used_bytes = self.store.vm_stats(vm.id).map_or(0, |stats| stats.used_bytes);
             vm.notify(Notice::Quota { quota_bytes: limits.quota_bytes, used_bytes });
@@ -345,10 +347,6 @@ impl Engine {
             let nap = left.min(Duration::from_millis(20));
             drop(self.session_ended.wait_timeout(sessions, nap));
         }
-    }
-
-    fn rate(&self, limits: &VmLimits) -> u64 {
-        self.limits.pages_per_s.saturating_mul(limits.weight.into()) / 100
     }
 }
 

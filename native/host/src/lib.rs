@@ -19,7 +19,8 @@
 //! | [`outbox`] | how other threads reach a session: notices, closing |
 //! | [`connection`] | a session on a socket |
 //! | [`polling`] | bounded busy polling before a thread sleeps |
-//! | `scheduling` | what the threads that serve guests ask of the kernel's scheduler |
+//! | `company` | which VMs are at work, and which has had more than its share |
+//! | `scheduling` | how the threads that serve guests share the CPUs |
 //! | [`listener`] | sockets on which guests arrive |
 //! | [`limits`] | what a VM may use: connections, memory in flight, pages a second |
 //! | [`vhost_user`] | a vsock device whose guest's streams end here |
@@ -27,6 +28,7 @@
 //!
 //! Who a client is comes from the transport, never from what it says. Nothing here knows of Python.
 
+mod company;
 pub mod connection;
 pub mod engine;
 pub mod histogram;

@@ -1,6 +1,5 @@
 //! What a VM may use of the daemon, so that none can starve another: connections, memory in flight, pages a second.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -43,6 +42,13 @@ pub struct Limits {
     pub keep_alive: Duration,
     /// Longest busy polling before a thread sleeps; zero turns it off.
     pub busy_poll: Duration,
+}
+
+impl Limits {
+    /// Pages a second that a VM of this weight may put, get and flush; 0 for no limit.
+    pub(crate) fn pages_per_s_of(&self, weight: u32) -> u64 {
+        self.pages_per_s.saturating_mul(weight.into()) / 100
+    }
 }
 
 impl Default for Limits {
@@ -170,39 +176,6 @@ impl Bucket {
     }
 }
 
-/// How long after another VM's request a VM counts as not being alone.
-const COMPANY: Duration = Duration::from_millis(20);
-
-/// Knows whether more than one VM is at work. Asked with every batch of requests, so it writes only on a change.
-#[derive(Debug)]
-pub(crate) struct Company {
-    began: Instant,
-    last: AtomicU32,
-    /// Milliseconds since `began` at which the VM at work was last another one than before.
-    changed_ms: AtomicU64,
-}
-
-impl Company {
-    pub(crate) fn new() -> Company {
-        Company { began: Instant::now(), last: AtomicU32::new(u32::MAX), changed_ms: AtomicU64::new(0) }
-    }
-
-    /// VM number `vm` is at work now; returns whether another was a short while ago.
-    pub(crate) fn is_at_work(&self, vm: u16) -> bool {
-        let now_ms = self.began.elapsed().as_millis() as u64;
-        let last = self.last.load(Ordering::Relaxed);
-        if last != u32::from(vm) {
-            self.last.store(vm.into(), Ordering::Relaxed);
-            if last == u32::MAX {
-                return false;
-            }
-            self.changed_ms.store(now_ms + 1, Ordering::Relaxed);
-        }
-        let changed_ms = self.changed_ms.load(Ordering::Relaxed);
-        changed_ms > 0 && now_ms < changed_ms + COMPANY.as_millis() as u64
-    }
-}
-
 /// Lets a bounded number of a VM's connections be served at the same time, so that a VM with many of them cannot
 /// take every CPU while another waits.
 #[derive(Debug)]
@@ -242,6 +215,8 @@ impl Drop for Turn<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
     use super::*;
 
     #[test]
@@ -289,17 +264,6 @@ mod tests {
     fn no_rate_means_no_limit() {
         let bucket = Bucket::new(0, Duration::ZERO);
         assert!((0..10_000).all(|_| bucket.take(256, Instant::now()).is_ok()));
-    }
-
-    #[test]
-    fn company_is_noticed_and_forgotten() {
-        let company = Company::new();
-        assert!(!company.is_at_work(1), "the first is alone");
-        assert!(!company.is_at_work(1));
-        assert!(company.is_at_work(2));
-        assert!(company.is_at_work(1));
-        std::thread::sleep(COMPANY + Duration::from_millis(5));
-        assert!(!company.is_at_work(1));
     }
 
     #[test]

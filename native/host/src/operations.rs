@@ -9,6 +9,7 @@ use tmem_wire::{
     MAX_BATCH, PAGE_BYTES,
 };
 
+use crate::scheduling;
 use crate::vm::Vm;
 
 /// Check a request's length by its header alone, so that nothing is read or kept for a body that cannot be right.
@@ -70,6 +71,7 @@ pub(crate) fn put(
         let status: PutStatus = store.put(&pool, &page.key, page.encoding, page.payload, page.checksum);
         statuses[count] = status as u8;
         count += 1;
+        scheduling::give_way();
     }
     pages::write_statuses(header, &statuses[..count], out);
     Ok(())
@@ -89,6 +91,7 @@ pub(crate) fn get(
     let mut answer = GotWriter::begin(out, header, features.has(Features::CHECKSUMS));
     for key in keys {
         answer.page_with(|out| store.get(&pool, &key, accept_lz4, out));
+        scheduling::give_way();
     }
     answer.end();
     Ok(())
@@ -139,6 +142,7 @@ fn flush_each<T>(
     for entry in batch {
         statuses[count] = flush(&pool, entry) as u8;
         count += 1;
+        scheduling::give_way();
     }
     pages::write_statuses(header, &statuses[..count], out);
 }

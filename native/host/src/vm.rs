@@ -1,7 +1,7 @@
 //! One VM: its identity, the boot its guest is in, its open sessions and its counters.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -78,6 +78,8 @@ pub struct Counters {
     pub timeouts: AtomicU64,
     /// Frames that had to wait for the rate limit.
     pub throttled: AtomicU64,
+    /// Times that its work was interrupted to let other VMs' threads run.
+    pub gave_way: AtomicU64,
     frames: [AtomicU64; 16],
 }
 
@@ -131,6 +133,8 @@ pub struct Vm {
     pub put_latency: Histogram,
     pub(crate) in_flight: Arc<Budget>,
     pub(crate) bucket: Bucket,
+    /// Its share of what serving takes, in proportion to other VMs'.
+    pub(crate) weight: AtomicU32,
     /// Connections of it that are accepted.
     pub(crate) arrivals: Bucket,
     pub(crate) turnstile: Turnstile,
@@ -152,8 +156,9 @@ impl Vm {
         spec: VmSpec,
         limits: &Limits,
         in_flight: Arc<Budget>,
-        pages_per_s: u64,
+        weight: u32,
     ) -> Vm {
+        let pages_per_s = limits.pages_per_s_of(weight);
         Vm {
             name: name.to_owned(),
             id,
@@ -163,6 +168,7 @@ impl Vm {
             put_latency: Histogram::default(),
             in_flight,
             bucket: Bucket::new(pages_per_s, PAGES_BURST),
+            weight: AtomicU32::new(weight),
             arrivals: Bucket::new(limits.connections_per_s, ARRIVALS_BURST),
             turnstile: Turnstile::new(),
             connections_most: limits.connections,

@@ -114,6 +114,14 @@ fn max_batches(socket: &Path, end: &AtomicBool) -> std::io::Result<()> {
     Ok(())
 }
 
+fn max_puts(socket: &Path, end: &AtomicBool) -> std::io::Result<()> {
+    let mut client = Client::connect(socket)?;
+    while !end.load(Ordering::Relaxed) {
+        client.put(256)?;
+    }
+    Ok(())
+}
+
 fn tiny_batches(socket: &Path, end: &AtomicBool) -> std::io::Result<()> {
     let mut client = Client::connect(socket)?;
     client.put(1)?;
@@ -233,8 +241,9 @@ fn no_way_of_flooding_starves_another_vm_or_the_daemon() {
     let bound = limits.in_flight_bytes + (limits.connections as u64 + 1) * CONNECTION_BYTES
         // What the flooding threads of this process hold themselves: a batch of requests and one of answers.
         + FLOODERS as u64 * (4 << 20);
-    let ways: [(&str, Way); 6] = [
+    let ways: [(&str, Way); 7] = [
         ("the largest batches", max_batches),
+        ("the largest batches of puts", max_puts),
         ("single pages", tiny_batches),
         ("connections", connect_storm),
         ("requests whose answers are not read", never_read),
@@ -257,7 +266,17 @@ fn no_way_of_flooding_starves_another_vm_or_the_daemon() {
                 });
             }
             std::thread::sleep(Duration::from_millis(200));
+            let interruptions = || engine.vm("flooder").unwrap().counters.gave_way.load(Ordering::Relaxed);
+            let before_watching = interruptions();
             let p99 = watch(&mut victim, &mut seen);
+            if what.contains("batches") {
+                // 256 pages take a millisecond or so: unless their thread makes room, the victim waits that long.
+                let made_room = interruptions() - before_watching;
+                assert!(
+                    made_room > 50,
+                    "{what}: in {WATCHED:?} the flooder's threads made room {made_room} times"
+                );
+            }
             assert!(engine.vm("flooder").unwrap().connections() <= limits.connections, "{what}");
             assert!(engine.in_flight_bytes() <= limits.in_flight_bytes, "{what}");
             drop(until);

@@ -89,6 +89,7 @@ pub(crate) fn vm<'py>(py: Python<'py>, engine: &tmem_host::Engine, vm: &Vm) -> P
     dict.set_item("protocol_errors", counters.protocol_errors.load(Ordering::Relaxed))?;
     dict.set_item("timeouts", counters.timeouts.load(Ordering::Relaxed))?;
     dict.set_item("throttled", counters.throttled.load(Ordering::Relaxed))?;
+    dict.set_item("gave_way", counters.gave_way.load(Ordering::Relaxed))?;
     let frames = PyDict::new(py);
     for (op, count) in counters.frames() {
         frames.set_item(format!("{op:?}"), count)?;

@@ -91,6 +91,7 @@ class VmDict(VmStatsDict):
     protocol_errors: int
     timeouts: int
     throttled: int
+    gave_way: int
     frames: dict[str, int]
     boot_id: str | None
     report: ReportDict | None

@@ -15,6 +15,7 @@ use super::front::{FrontState, EVENTS, FROM_GUEST, RINGS, TO_GUEST};
 use super::packet::Op;
 use super::ring::{signal, Layout, Ring, RingError};
 use super::streams::{Opener, Streams};
+use crate::scheduling;
 
 /// Packets taken or sent before other things get their turn.
 const BUDGET: usize = 256;
@@ -276,6 +277,7 @@ impl Device {
             if let Err(error) = done {
                 break Err(error);
             }
+            scheduling::give_way();
             if !ring.is_holding() {
                 self.held_until = None;
             } else if self.held_until.is_none() {
@@ -323,6 +325,7 @@ impl Device {
             if let Err(error) = ring.push(memory, head, written) {
                 break Err(error);
             }
+            scheduling::give_way();
         };
         if let Err(error) = outcome {
             self.give_up(TO_GUEST, &error);

@@ -123,10 +123,11 @@ impl VsockDevice {
         paths.extend(config.hybrid_socket.clone());
         let worker = Worker::new(engine, vm, config, front, hybrid, waker.clone(), counters.clone())
             .map_err(failed)?;
+        let (company, served) = (engine.company.clone(), vm.clone());
         let thread = thread::Builder::new()
             .name(format!("vsock {}", vm.name))
             .spawn(move || {
-                crate::scheduling::prefer_latency();
+                crate::scheduling::serve(&company, &served);
                 worker.run();
             })
             .map_err(failed)?;

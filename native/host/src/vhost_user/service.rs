@@ -10,6 +10,7 @@ use super::ring::signal;
 use crate::engine::Engine;
 use crate::limits::{MAX_FRAME_BYTES, SMALL_FRAME_BYTES};
 use crate::outbox::{Wake, Waker};
+use crate::scheduling;
 use crate::session::{Session, State};
 use crate::vm::Vm;
 
@@ -96,6 +97,8 @@ impl Service for SessionService {
         let now = Instant::now();
         if fresh > 0 {
             self.heard = now;
+            let vm = self.session.vm().id.0;
+            scheduling::go_on(self.engine.company.is_at_work(vm));
         }
         let had = out.len();
         let mut consumed = 0;
@@ -172,5 +175,77 @@ impl Service for SessionService {
             self.session.shrink();
         }
         idle
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+
+    use rustix::event::{eventfd, EventfdFlags};
+    use tmem_store::{Store, StoreConfig, VmLimits};
+    use tmem_wire::pages::write_keys;
+    use tmem_wire::{
+        Features, Header, HelloRequest, Key, Op, PoolCreate, PoolKind, Role, HEADER_BYTES, MAX_BATCH,
+        PAGE_BYTES, VERSION,
+    };
+
+    use super::*;
+    use crate::listener::SocketOptions;
+    use crate::{Limits, VmSpec};
+
+    const FRAMES: usize = 40;
+    const OTHER_VM: u16 = 1000;
+
+    #[test]
+    fn a_stream_with_much_to_do_makes_room_for_other_vms() {
+        let (store, _) = Store::open(&StoreConfig::memfd(16 << 20)).unwrap();
+        let sockets = SocketOptions { mode: 0o600, gid: None };
+        let engine = Engine::new(Arc::new(store), Limits::default(), sockets).unwrap();
+        let vm = engine.add_vm("vm", &VmSpec::default(), &VmLimits::default()).unwrap();
+        let waker = Arc::new(DeviceWaker {
+            eventfd: eventfd(0, EventfdFlags::empty()).unwrap(),
+            services: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+            forget: AtomicBool::new(false),
+        });
+        scheduling::serve(&engine.company, &vm);
+        let mut service = SessionService::open(&engine, &vm, 1, &waker).unwrap();
+        let hello = HelloRequest {
+            version_min: VERSION,
+            version_max: VERSION,
+            role: Role::FileCache,
+            page_bytes: PAGE_BYTES as u32,
+            features: Features::ALL,
+            boot_id: [9; 16],
+            max_frame_bytes: MAX_FRAME_BYTES as u32,
+            client: [0; 24],
+        };
+        let (mut input, mut out) = (Vec::new(), Vec::new());
+        Header::request(Op::Hello, 1).write_frame(&hello.encode(), &mut input);
+        service.feed(&input, input.len(), &mut out);
+        let pool = PoolCreate::private(PoolKind::Ephemeral { exclusive: false }, "p").encode();
+        input.clear();
+        out.clear();
+        Header::request(Op::PoolCreate, 2).write_frame(&pool, &mut input);
+        service.feed(&input, input.len(), &mut out);
+        let pool = Header::decode(out.first_chunk().unwrap()).unwrap().pool;
+        // Flushes of pages that are not there: much work for few bytes.
+        let keys: Vec<_> = (0..MAX_BATCH as u32).map(|index| Key { object: [1; 16], index }).collect();
+        input.clear();
+        for _ in 0..FRAMES {
+            write_keys(Op::FlushPage, 3, pool, false, &keys, &mut input);
+        }
+        let made_room = || vm.counters.gave_way.load(Ordering::Relaxed);
+        let mut serve_all = || {
+            out.clear();
+            assert_eq!(service.feed(&input, input.len(), &mut out).consumed, input.len());
+            assert_eq!(out.len(), FRAMES * (HEADER_BYTES + MAX_BATCH));
+        };
+        serve_all();
+        assert_eq!(made_room(), 0, "nobody else is at work");
+        engine.company.is_at_work(OTHER_VM);
+        serve_all();
+        assert!(made_room() > 5, "made room {} times", made_room());
     }
 }

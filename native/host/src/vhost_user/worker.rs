@@ -31,6 +31,7 @@ use super::streams::{Opened, Opener, Refused, Streams};
 use super::DeviceConfig;
 use crate::engine::Engine;
 use crate::polling::Habit;
+use crate::scheduling;
 use crate::vm::Vm;
 
 /// Marks the tokens of everything but streams.
@@ -257,6 +258,7 @@ impl Worker {
                     break;
                 }
                 moved = true;
+                scheduling::give_way();
             }
             if moved {
                 self.handle_events(Some(Duration::ZERO));
@@ -277,6 +279,7 @@ impl Worker {
             ];
             let timeout = deadline.into_iter().flatten().min().map(|at| at.saturating_duration_since(now));
             self.handle_events(timeout);
+            scheduling::begin_stretch(scheduling::is_shared());
             self.habit.waited(began.elapsed());
             self.device.disarm();
             began = Instant::now();
