@@ -13,21 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from framework.process import Program
+from tmem_host.vm import payload
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE_BYTES = 4096
 
 
 def program() -> Path:
-    """The `tmem-guest` under test, built if need be."""
-    if given := os.environ.get("TMEM_GUEST"):
-        return Path(given)
-    built = ROOT / "target/release/tmem-guest"
-    if not built.exists():
-        subprocess.run(
-            ["cargo", "build", "--release", "-p", "tmem-guest", "--jobs", "2"], cwd=ROOT, check=True
-        )
-    return built
+    """The `tmem-guest` under test: the one that VMs get, too."""
+    return payload.binary()
 
 
 class FileCache(Program):

@@ -155,6 +155,19 @@ def test_a_host_that_lost_its_pages_gives_errors_and_no_wrong_data(tmemd: Tmemd,
         assert device.read(0) == page(0, 2)
 
 
+def test_the_shim_is_small(tmemd: Tmemd, disk: Path, short_directory: Path) -> None:
+    endpoint = f"unix:{tmemd.vm_socket('a')}"
+    with Shim(short_directory, disk, endpoint, size="512M") as shim, Nbd(shim.nbd_socket) as device:
+        shim.wait_for("connection", lambda status: status["connected"] is True)
+        device.write(0, page(0, 1))
+        assert device.read(0) == page(0, 1)
+        status = shim.status()
+    protections, rss_bytes = status["protections"], status["rss_bytes"]
+    assert isinstance(protections, dict) and isinstance(rss_bytes, int)
+    assert protections["mlockall"], "all of it is resident, or the figure means nothing"
+    assert rss_bytes < 6 << 20
+
+
 def test_qemu_finds_nothing_to_complain_about(shim: Shim) -> None:
     commands = ["write -P 7 0 64k", "read -P 7 0 64k", "discard 0 64k", "read -P 0 0 1M", "flush"]
     tool = shutil.which("qemu-io")
