@@ -1,7 +1,7 @@
 """The native parts of the distribution; all else of it is in pyproject.toml.
 
 `tmem-guest` has the C library linked in: locked into a guest's memory, it brings along what it uses of that
-library and not all of it, and it runs in guests older than the host it was built on. That is a linker's choice
+library and not all of it, and it runs in guests older than the host it was built on. It is a linker's choice,
 for one program only. Its target has to be named, or cargo makes the choice for procedural macros, too; the
 Python module must not have it.
 """
