@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,11 @@ from framework.process import Program
 MIB = 1 << 20
 PORT = 29805
 ROOT = Path(__file__).resolve().parents[2]
+NOBODY = 65534
+AS_NOBODY = [
+    *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
+    *("--bounding-set=-all", "--no-new-privs", "--"),
+]
 
 
 class Tmemd(Program):
@@ -88,3 +94,19 @@ class Tmemd(Program):
             timeout_s=timeout_s,
             max_frame_bytes=max_frame_bytes,
         )
+
+
+class Unprivileged(Tmemd):
+    """A `tmemd` of a user who may do nothing but what any user may; the directory is given to that user."""
+
+    def command(self) -> list[str]:
+        return [*AS_NOBODY, *super().command()]
+
+    def start(self) -> None:
+        """The socket on which it says that it is ready is made by root, and must be open to it."""
+        shutil.chown(self.directory, NOBODY, NOBODY)
+        umask = os.umask(0)
+        try:
+            super().start()
+        finally:
+            os.umask(umask)

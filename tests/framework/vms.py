@@ -83,8 +83,8 @@ def _vms() -> Iterator[Vms]:
         pytest.fail("VM tests need root: sudo make test")
     directory = Path(tempfile.mkdtemp(prefix="tv-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     before = os.environ.get(_VM_DIRECTORY)
-    # For this process and those it starts, and tmemd's own, so that sockets need no configuration.
-    vm_directory = directory / "d" / "vm"
+    # For this process and those it starts.
+    vm_directory = directory / "vm"
     os.environ[_VM_DIRECTORY] = str(vm_directory)
     try:
         with libvirtd.running():

@@ -29,7 +29,7 @@ def _domain(name: TransportName = "vhost-device-vsock", **changes: object) -> Do
         "initrd": Path("/v/initrd"),
         "cmdline": "quiet x=<&>",
         "disks": (Disk(Path("/d/root.qcow2")), Disk(Path("/d/data.qcow2"), cache="none")),
-        "transport": Transport(name, "a", 123, Path("/v")),
+        "transport": Transport(name, "a", 123, Path("/v"), Path("/l")),
         "console": Path("/v/console.log"),
         "registered": True,
     }
@@ -153,7 +153,7 @@ def test_a_record_survives_the_way_to_disk(tmp_path: Path, monkeypatch: pytest.M
     assert state.load("a") == recorded
     assert state.every() == [recorded]
     assert machine.get("a").transport.cid == 100
-    state.remove("a")
+    state.remove(recorded)
     with pytest.raises(OperatorError, match="there is no such VM") as caught:
         machine.get("a")
     assert caught.value.code is ExitCode.NOT_FOUND

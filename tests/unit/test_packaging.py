@@ -17,7 +17,7 @@ HOST_UNITS = sorted((ROOT / "host/systemd").glob("*.service"))
 def test_every_unit_and_configuration_is_installed() -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     installed = {name for names in setuptools["data-files"].values() for name in names}
-    there = [*ROOT.glob("*/systemd/*.service"), ROOT / "guest/systemd/agent.toml", ROOT / "host/tmemd.toml"]
+    there = [*ROOT.glob("*/systemd/*.*"), ROOT / "guest/systemd/agent.toml", ROOT / "host/tmemd.toml"]
     assert len(there) >= 5
     assert {path.relative_to(ROOT).as_posix() for path in there} <= installed
     assert all((ROOT / name).is_file() for name in installed)

@@ -145,6 +145,8 @@ def test_the_host_role(
     assert first["failed"] == 0
     assert host.run("systemctl is-enabled tmemd; systemctl is-active tmemd") == "enabled\nactive\n"
 
+    _check_confinement(host)
+
     # A guest reaches it by AF_VSOCK, known by the CID its kernel says. A stranger is turned away.
     bin_directory = host.run("dirname $(readlink -f /usr/local/bin/tmemd)").strip()
     ping = f"{bin_directory}/tmem-guest ping --endpoint vsock:1:29805"
@@ -173,6 +175,7 @@ def test_the_host_role(
         return int(json.loads(host.run("tmemctl stats local --json"))["vms"][0]["gets_hit"])
 
     until(read_from_tmemd, "what was read once comes from tmemd")
+    _check_turns(host)
     killed = host.run("systemctl show --value -p MainPID tmemd")
     host.run("systemctl kill --signal=KILL --kill-whom=main tmemd")
     until(lambda: host.says("systemctl is-active tmemd", "active"), "tmemd is back")
@@ -186,3 +189,43 @@ def test_the_host_role(
     second = controller.play()
     assert second["changed"] == 0
     assert second["failed"] == 0
+
+
+def _check_confinement(host: AgentGuest) -> None:
+    """tmemd and its keeper have a user of their own and no privilege; QEMU's group reaches VMs' sockets."""
+    for unit in ("tmemd", "tmem-keeper"):
+        pid = host.run(f"systemctl show --value -p MainPID {unit}").strip()
+        assert host.run(f"stat -c %U:%G /proc/{pid}") == "tmem:tmem\n"
+        status = host.run(f"cat /proc/{pid}/status")
+        for field in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+            assert f"{field}:\t0000000000000000" in status
+        assert "NoNewPrivs:\t1" in status
+        assert "Seccomp:\t2" in status
+    assert host.run("stat -c %U:%a /dev/shm/tmem /dev/shm/tmem/arena /var/lib/tmem /run/tmem/admin.sock") == (
+        "tmem:700\ntmem:600\ntmem:700\ntmem:600\n"
+    )
+    directory = "/run/tmem/vm/boxed"
+    register = (
+        "from pathlib import Path; from tmem_host.api.client import ADMIN_SOCKET, Client;"
+        " from tmem_host.api.types import VmSpec;"
+        f" spec = VmSpec(vhost_user_socket='{directory}/vhost.sock', hybrid_socket='{directory}/vsock.sock',"
+        " guest_cid=40, quota_bytes=1 << 20);"
+        " Client(ADMIN_SOCKET).add_vm('boxed', spec)"
+    )
+    host.run(f'$(dirname $(readlink -f /usr/local/bin/tmemd))/python -c "{register}"')
+    assert host.run(f"stat -c %U:%G:%a {directory}/*") == "tmem:libvirt-qemu:660\n" * 3
+    connect = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+    line = f"python3 -c '{connect}' {directory}/vhost.sock"
+    host.run(f"setpriv --reuid=nobody --regid=libvirt-qemu --clear-groups {line}")
+    assert not host.says(f"setpriv --reuid=nobody --regid=nogroup --clear-groups {line} && echo in", "in")
+    # The keeper takes its device: what a tmemd of another user would be refused.
+    assert "no keeper" not in host.run("journalctl --no-pager -u tmemd")
+    host.run("tmemctl vm unregister boxed")
+
+
+def _check_turns(host: AgentGuest) -> None:
+    """The system call filter lets the threads that serve guests ask for short turns."""
+    pid = host.run("systemctl show --value -p MainPID tmemd").strip()
+    scheduled = host.run(f"grep -h -A99 '^vm local' /proc/{pid}/task/*/sched")
+    (slice_ns,) = set(re.findall(r"^se\.slice\s+:\s+(\d+)", scheduled, re.MULTILINE))
+    assert slice_ns == "100000"

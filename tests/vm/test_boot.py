@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
+from framework.agent_guest import until
+from framework.daemon import AS_NOBODY, NOBODY, Unprivileged
 from framework.vms import BOOT_S, COMMAND_S, MIB, Vms
 from tmem_host.errors import ExitCode, OperatorError
+from tmem_host.service import keeper
 from tmem_host.vm import console, disks, machine, state
 from tmem_host.vm.domain import DiskLimits
 from tmem_host.vm.machine import Machine
-from tmem_host.vm.request import VmRequest
+from tmem_host.vm.request import Registration, VmRequest
 from tmem_host.vm.ssh import GuestShell
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
@@ -216,6 +221,39 @@ def test_debian_is_ready_with_its_agent(vms: Vms, built: Callable[[str], None]) 
         admin.vm(name)
     assert caught.value.code is ExitCode.NOT_FOUND
     _assert_gone(name)
+    assert not (vms.tmemd.directory / "vm" / name).exists()
+
+
+def test_root_brings_a_vm_up_with_a_tmemd_that_has_no_privileges(vms: Vms) -> None:
+    vms.directory.chmod(0o711)
+    home = vms.directory / "unprivileged"
+    home.mkdir()
+    with Unprivileged(home, capacity="64M") as tmemd, _keeper(tmemd):
+        register = Registration(tmemd.admin_socket, quota_bytes=16 * MIB)
+        guest = vms.up(register=register, transport="vhost-user")
+        sockets = home / "vm" / guest.name
+        # That the guest said it is ready proves that tmemd could open what root listens on.
+        assert {path.stat().st_uid for path in (sockets, *sockets.iterdir())} == {NOBODY}
+        assert {path.stat().st_uid for path in (guest.directory, *guest.directory.iterdir())} == {0}
+        with guest.ssh() as shell:
+            assert shell.check("echo reached", deadline_s=COMMAND_S) == "reached\n"
+        guest.down()
+        _assert_gone(guest.name)
+        assert not sockets.exists()
+
+
+@contextmanager
+def _keeper(tmemd: Unprivileged) -> Iterator[None]:
+    """A keeper of the same user, started by itself as systemd does: that user may not reach this Python."""
+    path = tmemd.admin_socket.with_name("keeper.sock")
+    argv = [*AS_NOBODY, sys.executable, "-m", "tmem_host.service.keeper", str(path), "--stay"]
+    process = subprocess.Popen(argv, env=os.environ | dict(tmemd.environment()))
+    try:
+        until(lambda: keeper.is_running(path), "the keeper runs")
+        yield
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def _assert_gone(name: str) -> None:

@@ -20,7 +20,7 @@
 | `disks` | overlays of the image's disks |
 | `readiness` | waiting for a guest that starts, and why it does not |
 | `tsc` | how fast the clock of an emulated guest runs |
-| `state` | what is recorded of a VM under /run/tmem/vm/NAME |
+| `state` | what is recorded of a VM under /run/tmemctl/vm/NAME |
 | `machine` | up, down, list: everything a VM owns, in order, and undone in reverse |
 | `ssh` | commands in a guest, through SSH over vsock |
 | `proxy` | the same way for OpenSSH's client |

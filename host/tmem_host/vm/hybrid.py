@@ -7,6 +7,7 @@ guest sends to port P of the host arrives at the unix socket `<socket>_P`.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from pathlib import Path
 
@@ -57,14 +58,22 @@ def _read_answer(stream: socket.socket) -> None:
 
 
 def listen(path: Path, port: int) -> socket.socket:
-    """Listen for what the guest sends to a port of the host. The socket is root's alone."""
+    """Listen for what the guest sends to a port of the host.
+
+    The socket is for the owner of its directory alone, that is for whoever serves the VM's device. That user
+    may put anything in its place meanwhile: no link is followed.
+    """
     target = Path(f"{path}_{port}")
     target.unlink(missing_ok=True)
     stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with contextlib.ExitStack() as undo:
         undo.callback(stream.close)
+        # Before bind it sets the mode of the file to come.
+        os.fchmod(stream.fileno(), 0o600)
         stream.bind(str(target))
-        target.chmod(0o600)
+        owner = target.parent.stat()
+        if owner.st_uid != os.geteuid():
+            os.chown(target, owner.st_uid, owner.st_gid, follow_symlinks=False)
         stream.listen(16)
         undo.pop_all()
     return stream

@@ -26,7 +26,7 @@ from tmem_host.vm import process, supervisor
 from tmem_host.vm.process import Recorded
 
 URI = "qemu:///system"
-_RUN = Path("/run/tmem/libvirt")
+_RUN = Path("/run/tmemctl/libvirt")
 _RECORD = _RUN / "supervisor.json"
 _USERS = _RUN.parent / "libvirt.users"
 _START_TIMEOUT_S = 60.0

@@ -243,7 +243,7 @@ def _tear_down(recorded: VmState) -> None:
     with contextlib.suppress(OperatorError):
         recorded = state.load(recorded.name)  # a device may have been recorded since
     with contextlib.ExitStack() as steps:
-        steps.callback(state.remove, recorded.name)
+        steps.callback(state.remove, recorded)
         steps.callback(disks.remove, recorded.name)
         if recorded.device is not None:
             steps.callback(process.end, recorded.device)

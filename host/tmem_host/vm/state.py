@@ -1,4 +1,8 @@
-"""What is recorded of a VM under /run/tmem/vm/NAME, so that every command can find, use and end it."""
+"""What is recorded of a VM under /run/tmemctl/vm/NAME, so that every command can find, use and end it.
+
+Only the user of `tmemctl` writes there. A VM's sockets are where its tmemd, which may be of another user, can
+make them.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from tmem_host.vm.kvm import Virt
 from tmem_host.vm.process import Recorded
 from tmem_host.vm.transport import Transport, TransportName
 
-_DEFAULT = Path("/run/tmem/vm")
+_DEFAULT = Path("/run/tmemctl/vm")
 _ENVIRONMENT = "TMEM_VM_DIRECTORY"
 _FILE = "vm.json"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
@@ -56,9 +60,16 @@ def root() -> Path:
     return Path(os.environ.get(_ENVIRONMENT, _DEFAULT))
 
 
+def sockets(state: VmState) -> Path:
+    """Where the sockets of a VM are: beside its tmemd's admin socket, or with its files if it has none."""
+    if state.admin_socket is None:
+        return directory(state.name)
+    return Path(state.admin_socket).parent / "vm" / state.name
+
+
 def transport(state: VmState) -> Transport:
     """The way to the guest of a VM."""
-    return Transport(state.transport, state.name, state.cid, directory(state.name))
+    return Transport(state.transport, state.name, state.cid, sockets(state), directory(state.name))
 
 
 def check_name(name: str) -> None:
@@ -113,13 +124,13 @@ def save(state: VmState) -> None:
     scratch.rename(target)
 
 
-def remove(name: str) -> None:
-    """Remove the record and every other file of a VM."""
-    place = directory(name)
+def remove(state: VmState) -> None:
+    """Remove the record, the sockets and every other file of a VM."""
     deadline = time.monotonic() + _REMOVE_TIMEOUT_S
-    # tmemd may just be taking its own sockets away; what it is faster with is no error.
-    while place.exists() and time.monotonic() < deadline:
-        shutil.rmtree(place, ignore_errors=True)
+    for place in (sockets(state), directory(state.name)):
+        # tmemd may just be taking its own sockets away; what it is faster with is no error.
+        while place.exists() and time.monotonic() < deadline:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager

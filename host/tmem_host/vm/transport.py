@@ -34,22 +34,25 @@ _POLL_S = 0.01
 
 @dataclass(frozen=True)
 class Transport:
-    """The vsock of one VM. Its sockets are in the VM's directory."""
+    """The vsock of one VM."""
 
     name: TransportName
     vm: str
     cid: int
-    directory: Path
+    sockets: Path
+    """Directory of its sockets."""
+    logs: Path
+    """Directory of its process's log, if it has a process of its own."""
 
     @property
     def hybrid_socket(self) -> Path | None:
         """The VM's hybrid socket; `None` with the kernel's device."""
-        return None if self.name == "vhost-vsock" else self.directory / "vsock.sock"
+        return None if self.name == "vhost-vsock" else self.sockets / "vsock.sock"
 
     @property
     def vhost_user_socket(self) -> Path | None:
         """Where QEMU finds the device's process; `None` with the kernel's device."""
-        return None if self.name == "vhost-vsock" else self.directory / "vhost.sock"
+        return None if self.name == "vhost-vsock" else self.sockets / "vhost.sock"
 
     def start(self) -> Recorded | None:
         """Start what the transport needs before the VM; returns the process there is for this VM alone.
@@ -93,9 +96,10 @@ class Transport:
 
     def _start_process(self) -> Recorded:
         assert self.hybrid_socket is not None and self.vhost_user_socket is not None  # noqa: S101
+        self.sockets.mkdir(parents=True, exist_ok=True)
         command = [str(find_program()), "--guest-cid", str(self.cid)]
         command += ["--uds-path", str(self.hybrid_socket), "--socket", str(self.vhost_user_socket)]
-        return process.start(command, self.directory / "vsock.log")
+        return process.start(command, self.logs / "vsock.log")
 
     def _wait_for_socket(self, path: Path, recorded: Recorded | None) -> None:
         deadline = time.monotonic() + _START_TIMEOUT_S
@@ -107,7 +111,7 @@ class Transport:
                 raise OperatorError(
                     f"{who} {what}: {path}",
                     vm=self.vm,
-                    hint=f"see {self.directory / 'vsock.log'}" if recorded else "journalctl -u tmemd",
+                    hint=f"see {self.logs / 'vsock.log'}" if recorded else "journalctl -u tmemd",
                     code=ExitCode.UNAVAILABLE,
                 )
             threading.Event().wait(_POLL_S)
