@@ -95,6 +95,7 @@ def test_who_is_not_root_is_refused_at_once(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(2400)
 def test_all_of_it(tmp_path: Path) -> None:
+    before = set(traces())
     done = subprocess.run([*DEMO, "--output", str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
@@ -103,3 +104,4 @@ def test_all_of_it(tmp_path: Path) -> None:
     for vm in report["vms"]:
         for counter in ("puts_accepted", "gets_hit", "swap_pages_in", "swap_pages_out", "sectors_read"):
             assert vm[counter] > 0, f"{vm['name']}: {counter}"
+    assert set(traces()) <= before
