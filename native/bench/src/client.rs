@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use tmem_store::{Store, StoreConfig, VmLimits};
 use tmem_wire::pages::{decode_got, write_keys, PutWriter, GET_ENTRY_BYTES, KEY_BYTES, PUT_ENTRY_BYTES};
 use tmem_wire::{
-    Encoding, Features, GetStatus, Header, HelloRequest, Key, Op, PoolCreate, PoolKind, PutStatus, Role,
-    HEADER_BYTES, MAX_BODY_BYTES, PAGE_BYTES, VERSION,
+    Encoding, GetStatus, Header, HelloRequest, Key, Op, PoolCreate, PoolKind, PutStatus, Role, HEADER_BYTES,
+    MAX_BODY_BYTES, PAGE_BYTES,
 };
 
 use crate::endpoint::{Endpoint, Stream};
@@ -118,18 +118,7 @@ impl Client {
         let stream = endpoint.connect()?;
         let input = vec![0; INPUT_BYTES];
         let mut client = Client { stream, pool: 0, write_bytes, input, arrived: 0, next: 0, body: 0..0 };
-        let mut program = [0; 24];
-        program[..10].copy_from_slice(b"tmem-bench");
-        let hello = HelloRequest {
-            version_min: VERSION,
-            version_max: VERSION,
-            role: Role::FileCache,
-            page_bytes: PAGE_BYTES as u32,
-            features: Features::ALL,
-            boot_id,
-            max_frame_bytes: (HEADER_BYTES + MAX_BODY_BYTES) as u32,
-            client: program,
-        };
+        let hello = HelloRequest::new(Role::FileCache, boot_id).named("tmem-bench");
         let mut out = Vec::new();
         Header::request(Op::Hello, 1).write_frame(&hello.encode(), &mut out);
         client.send(&out)?;

@@ -23,7 +23,7 @@ use std::time::Duration;
 use socket2::{Domain, SockAddr, Socket, Type};
 use tmem_wire::{
     ErrorCode, Features, Header, HelloAnswer, HelloRequest, Op, PoolCreate, Role, WireError, HEADER_BYTES,
-    MAX_BODY_BYTES, PAGE_BYTES, VERSION,
+    MAX_BODY_BYTES, VERSION,
 };
 
 pub use backoff::Backoff;
@@ -111,20 +111,7 @@ fn parse_uuid(text: &str) -> Option<[u8; 16]> {
 
 /// A HELLO with everything this crate can do and this guest's boot id. `client` is for the host's logs.
 pub fn hello(role: Role, client: &str) -> Result<HelloRequest, LinkError> {
-    let mut name = [0; 24];
-    for (to, from) in name.iter_mut().zip(client.bytes()) {
-        *to = from;
-    }
-    Ok(HelloRequest {
-        version_min: VERSION,
-        version_max: VERSION,
-        role,
-        page_bytes: PAGE_BYTES as u32,
-        features: Features::ALL,
-        boot_id: boot_id()?,
-        max_frame_bytes: (HEADER_BYTES + MAX_BODY_BYTES) as u32,
-        client: name,
-    })
+    Ok(HelloRequest::new(role, boot_id()?).named(client))
 }
 
 /// A connection that said HELLO.

@@ -16,7 +16,7 @@ use tmem_host::{Engine, Limits, VmSpec};
 use tmem_store::{Store, StoreConfig, VmLimits};
 use tmem_wire::pages::{write_keys, PutWriter};
 use tmem_wire::{
-    Encoding, Features, Header, HelloRequest, Key, Op, PoolCreate, PoolKind, Role, HEADER_BYTES, PAGE_BYTES,
+    Encoding, Header, HelloRequest, Key, Op, PoolCreate, PoolKind, Role, HEADER_BYTES, PAGE_BYTES,
 };
 
 const CAPACITY_BYTES: u64 = 64 << 20;
@@ -39,16 +39,7 @@ impl Client {
     fn connect(socket: &Path) -> std::io::Result<Client> {
         let mut client = Client { stream: UnixStream::connect(socket)?, pool: 0 };
         client.stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-        let hello = HelloRequest {
-            version_min: 1,
-            version_max: 1,
-            role: Role::FileCache,
-            page_bytes: PAGE_BYTES as u32,
-            features: Features::ALL,
-            boot_id: [7; 16],
-            max_frame_bytes: 2 << 20,
-            client: [0; 24],
-        };
+        let hello = HelloRequest::new(Role::FileCache, [7; 16]);
         let mut out = Vec::new();
         Header::request(Op::Hello, 0).write_frame(&hello.encode(), &mut out);
         let kind = PoolKind::Ephemeral { exclusive: false };

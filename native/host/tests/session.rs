@@ -13,8 +13,8 @@ use tmem_host::{Engine, Limits, Session, State, VmSpec, Wake, Waker};
 use tmem_store::{Store, StoreConfig, VmLimits};
 use tmem_wire::pages::{write_keys, PutWriter};
 use tmem_wire::{
-    Encoding, ErrorCode, Features, Header, HelloRequest, Key, Op, PoolCreate, PoolKind, Role, HEADER_BYTES,
-    MAX_BATCH, PAGE_BYTES,
+    Encoding, ErrorCode, Header, HelloRequest, Key, Op, PoolCreate, PoolKind, Role, HEADER_BYTES, MAX_BATCH,
+    PAGE_BYTES,
 };
 
 struct Silent;
@@ -63,16 +63,7 @@ fn session(engine: &Arc<Engine>) -> Session {
 }
 
 fn hello(role: Role, boot: u8) -> Vec<u8> {
-    let request = HelloRequest {
-        version_min: 1,
-        version_max: 1,
-        role,
-        page_bytes: PAGE_BYTES as u32,
-        features: Features::ALL,
-        boot_id: [boot; 16],
-        max_frame_bytes: 2 << 20,
-        client: [0; 24],
-    };
+    let request = HelloRequest::new(role, [boot; 16]);
     let mut out = Vec::new();
     Header::request(Op::Hello, 0).write_frame(&request.encode(), &mut out);
     out

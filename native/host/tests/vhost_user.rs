@@ -18,7 +18,7 @@ use tmem_host::listener::SocketOptions;
 use tmem_host::vhost_user::packet::{Header, Key, Op};
 use tmem_host::{Engine, Limits, VmSpec};
 use tmem_store::{Store, StoreConfig, VmLimits};
-use tmem_wire::{Features, HelloRequest, Role, HEADER_BYTES, MAX_BODY_BYTES, PAGE_BYTES, VERSION};
+use tmem_wire::{HelloRequest, Role};
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -166,16 +166,7 @@ impl Machine {
     fn hello(&mut self, guest_port: u32) {
         let key = Key { host_port: tmem_wire::PORT, guest_port };
         self.open(key);
-        let hello = HelloRequest {
-            version_min: VERSION,
-            version_max: VERSION,
-            role: Role::FileCache,
-            page_bytes: PAGE_BYTES as u32,
-            features: Features::ALL,
-            boot_id: [9; 16],
-            max_frame_bytes: (HEADER_BYTES + MAX_BODY_BYTES) as u32,
-            client: [0; 24],
-        };
+        let hello = HelloRequest::new(Role::FileCache, [9; 16]);
         let mut frame = Vec::new();
         tmem_wire::Header::request(tmem_wire::Op::Hello, 1).write_frame(&hello.encode(), &mut frame);
         self.send(&packet(key, Op::Data, frame.len()), &frame);

@@ -62,21 +62,9 @@ pub(crate) fn encode_hello_request<'py>(
 ) -> PyResult<Bound<'py, PyBytes>> {
     let role = Role::from_code(role)
         .ok_or_else(|| wire_error(WireError::BadValue { field: "role", value: role.into() }))?;
-    let mut padded = [0; 24];
-    for (to, from) in padded.iter_mut().zip(client.bytes()) {
-        *to = from;
-    }
     let features = Features(features);
-    let request = HelloRequest {
-        version_min,
-        version_max,
-        role,
-        page_bytes,
-        features,
-        boot_id,
-        max_frame_bytes,
-        client: padded,
-    };
+    let all = HelloRequest::new(role, boot_id).named(client);
+    let request = HelloRequest { version_min, version_max, page_bytes, features, max_frame_bytes, ..all };
     Ok(PyBytes::new(py, &request.encode()))
 }
 

@@ -14,7 +14,7 @@ use tmem_store::codec;
 use tmem_wire::pages::{decode_got, decode_statuses, write_keys, GotPage, PutWriter};
 use tmem_wire::{
     Encoding, Features, GetStatus, Header, HelloRequest, Key, Op, PoolCreate, PoolKind, Role, HEADER_BYTES,
-    MAX_BODY_BYTES, PAGE_BYTES,
+    PAGE_BYTES,
 };
 
 /// A value, ready to be sent.
@@ -103,16 +103,8 @@ impl Tmem {
     fn connect(socket: &str, number: usize, lz4: bool) -> Tmem {
         let stream = UnixStream::connect(socket).expect("connect");
         let mut client = Tmem { stream, pool: 0, number, lz4, out: vec![], body: vec![] };
-        let hello = HelloRequest {
-            version_min: 1,
-            version_max: 1,
-            role: Role::Swap,
-            page_bytes: PAGE_BYTES as u32,
-            features: Features(Features::LZ4),
-            boot_id: [1; 16],
-            max_frame_bytes: (HEADER_BYTES + MAX_BODY_BYTES) as u32,
-            client: [0; 24],
-        };
+        let hello =
+            HelloRequest { features: Features(Features::LZ4), ..HelloRequest::new(Role::Swap, [1; 16]) };
         Header::request(Op::Hello, 0).write_frame(&hello.encode(), &mut client.out);
         client.exchange();
         let pool = PoolCreate::private(PoolKind::Persistent, "load");

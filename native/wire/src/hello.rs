@@ -3,7 +3,7 @@
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::{exact, WireError};
+use crate::{exact, WireError, HEADER_BYTES, MAX_BODY_BYTES, PAGE_BYTES, VERSION};
 
 /// Optional abilities; the connection uses those both ends named.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -95,6 +95,30 @@ pub struct HelloRequest {
 }
 
 impl HelloRequest {
+    /// A request with all that this crate can do, of a client without a name.
+    pub fn new(role: Role, boot_id: [u8; 16]) -> HelloRequest {
+        HelloRequest {
+            version_min: VERSION,
+            version_max: VERSION,
+            role,
+            page_bytes: PAGE_BYTES as u32,
+            features: Features::ALL,
+            boot_id,
+            max_frame_bytes: (HEADER_BYTES + MAX_BODY_BYTES) as u32,
+            client: [0; 24],
+        }
+    }
+
+    /// The same of a client of this name, which is cut if it is too long.
+    #[must_use]
+    pub fn named(mut self, client: &str) -> HelloRequest {
+        self.client = [0; 24];
+        for (to, from) in self.client.iter_mut().zip(client.bytes()) {
+            *to = from;
+        }
+        self
+    }
+
     /// Read the body of a HELLO request.
     pub fn decode(body: &[u8]) -> Result<HelloRequest, WireError> {
         exact("HELLO request", body, REQUEST_BYTES)?;

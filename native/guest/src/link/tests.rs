@@ -8,7 +8,7 @@ use super::*;
 
 const LIMITS: HelloAnswer = HelloAnswer {
     version: VERSION,
-    page_bytes: PAGE_BYTES as u32,
+    page_bytes: tmem_wire::PAGE_BYTES as u32,
     features: Features::ALL,
     max_frame_bytes: 1 << 20,
     max_batch: 64,

@@ -9,7 +9,7 @@ use libfuzzer_sys::fuzz_target;
 use tmem_host::listener::SocketOptions;
 use tmem_host::{Engine, Limits, Session, State, Vm, VmSpec, Wake, Waker};
 use tmem_store::{Store, StoreConfig, VmLimits};
-use tmem_wire::{Features, Header, HelloRequest, Op, Role, PAGE_BYTES, VERSION};
+use tmem_wire::{Header, HelloRequest, Op, Role};
 
 struct Nobody;
 
@@ -32,16 +32,7 @@ fuzz_target!(|bytes: &[u8]| {
     let (engine, vm) = ENGINE.get_or_init(engine);
     let Some(mut session) = Session::new(engine, vm, "fuzz".into(), Box::new(Nobody)) else { return };
     let mut input = Vec::new();
-    let hello = HelloRequest {
-        version_min: VERSION,
-        version_max: VERSION,
-        role: Role::Control,
-        page_bytes: PAGE_BYTES as u32,
-        features: Features::ALL,
-        boot_id: [1; 16],
-        max_frame_bytes: 2 << 20,
-        client: [0; 24],
-    };
+    let hello = HelloRequest::new(Role::Control, [1; 16]);
     Header::request(Op::Hello, 1).write_frame(&hello.encode(), &mut input);
     let mut rest = bytes;
     while let Some(([op, count, pool, tail_bytes], tail)) = rest.split_first_chunk::<4>() {

@@ -185,10 +185,7 @@ mod tests {
     use rustix::event::{eventfd, EventfdFlags};
     use tmem_store::{Store, StoreConfig, VmLimits};
     use tmem_wire::pages::write_keys;
-    use tmem_wire::{
-        Features, Header, HelloRequest, Key, Op, PoolCreate, PoolKind, Role, HEADER_BYTES, MAX_BATCH,
-        PAGE_BYTES, VERSION,
-    };
+    use tmem_wire::{Header, HelloRequest, Key, Op, PoolCreate, PoolKind, Role, HEADER_BYTES, MAX_BATCH};
 
     use super::*;
     use crate::listener::SocketOptions;
@@ -211,16 +208,7 @@ mod tests {
         });
         scheduling::serve(&engine.company, &vm);
         let mut service = SessionService::open(&engine, &vm, 1, &waker).unwrap();
-        let hello = HelloRequest {
-            version_min: VERSION,
-            version_max: VERSION,
-            role: Role::FileCache,
-            page_bytes: PAGE_BYTES as u32,
-            features: Features::ALL,
-            boot_id: [9; 16],
-            max_frame_bytes: MAX_FRAME_BYTES as u32,
-            client: [0; 24],
-        };
+        let hello = HelloRequest::new(Role::FileCache, [9; 16]);
         let (mut input, mut out) = (Vec::new(), Vec::new());
         Header::request(Op::Hello, 1).write_frame(&hello.encode(), &mut input);
         service.feed(&input, input.len(), &mut out);
