@@ -58,9 +58,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         std::thread::Builder::new().name(format!("flood {number}")).spawn(move || {
             while Instant::now() < until {
                 // The server may refuse, cut off or throttle: try again, at once.
-                if let Ok(count) = once(&arguments, until) {
-                    done.fetch_add(count, Ordering::Relaxed);
-                } else {
+                if once(&arguments, until, &done).is_err() {
                     std::thread::sleep(Duration::from_micros(200));
                 }
             }
@@ -76,16 +74,18 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     Ok(())
 }
 
-fn once(arguments: &Arguments, until: Instant) -> Result<u64, Failure> {
+/// One connection's worth of it. Counts in `done` what was answered, or attempted where there are no answers.
+fn once(arguments: &Arguments, until: Instant, done: &AtomicU64) -> Result<(), Failure> {
     if arguments.way == Way::Busy {
         while Instant::now() < until {
             std::hint::spin_loop();
         }
-        return Ok(1);
+        return Ok(());
     }
     if arguments.way == Way::ConnectStorm {
         drop(arguments.endpoint.connect()?);
-        return Ok(1);
+        done.fetch_add(1, Ordering::Relaxed);
+        return Ok(());
     }
     let mut client = Client::connect(&arguments.endpoint, 0, "flood")?;
     let batch = if arguments.way == Way::TinyBatches { 1 } else { 256 };
@@ -98,7 +98,6 @@ fn once(arguments: &Arguments, until: Instant) -> Result<u64, Failure> {
     } else {
         write_keys(Op::Get, 9, client.pool, false, &keys, &mut frame);
     }
-    let mut done = 0;
     while Instant::now() < until {
         match arguments.way {
             Way::MaxBatches | Way::MaxPuts => {
@@ -131,8 +130,8 @@ fn once(arguments: &Arguments, until: Instant) -> Result<u64, Failure> {
             }
             Way::ConnectStorm | Way::Busy => {}
         }
-        done += 1;
+        done.fetch_add(1, Ordering::Relaxed);
     }
     client.stream.shut(std::net::Shutdown::Both)?;
-    Ok(done)
+    Ok(())
 }

@@ -1,10 +1,10 @@
-//! Which VMs are at work, and which of them has had more than its share of the CPUs.
+//! Which VMs are at work, which of them has had more than its share of the CPUs, and where one was just answered.
 //!
 //! The share is kept as virtual time, as fair queueing has it: what was worked for a VM, divided by its weight. A VM
 //! that comes back begins with the least of the others' time, so that nobody saves up for a flood.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 
 /// How long after another VM's request a VM counts as not being alone.
@@ -13,6 +13,8 @@ const COMPANY: Duration = Duration::from_millis(20);
 const LEAD_NS: u64 = 500_000;
 /// The most that is remembered against a VM.
 const MOST_LEAD_NS: u64 = 20_000_000;
+/// CPUs that are told apart; more share places.
+pub(crate) const CPUS: usize = 256;
 /// The weight whose virtual time runs as fast as the clock.
 const USUAL_WEIGHT: u64 = 100;
 
@@ -31,6 +33,8 @@ pub(crate) struct Company {
     /// Milliseconds since `began` at which the VM at work was last another one than before.
     changed_ms: AtomicU64,
     members: Mutex<Vec<Member>>,
+    /// By CPU, nanoseconds since `began` at which a VM within its share was last answered there.
+    answered_ns: Box<[AtomicU64]>,
 }
 
 impl Company {
@@ -40,11 +44,28 @@ impl Company {
             last: AtomicU32::new(u32::MAX),
             changed_ms: AtomicU64::new(0),
             members: Mutex::default(),
+            answered_ns: (0..CPUS).map(|_| AtomicU64::new(0)).collect(),
         }
     }
 
-    fn members(&self) -> MutexGuard<'_, Vec<Member>> {
-        self.members.lock().unwrap_or_else(PoisonError::into_inner)
+    /// A VM within its share was answered on this CPU.
+    pub(crate) fn answered(&self, cpu: usize) {
+        self.answered_ns[cpu % CPUS].store(self.began.elapsed().as_nanos() as u64, Ordering::Relaxed);
+    }
+
+    /// Whether one was in this time.
+    pub(crate) fn has_answered(&self, cpu: usize, within: Duration) -> bool {
+        let at = self.answered_ns[cpu % CPUS].load(Ordering::Relaxed);
+        at > 0 && (self.began.elapsed().as_nanos() as u64) < at + within.as_nanos() as u64
+    }
+
+    /// Nobody waits for whoever has them, who may be waiting for a CPU.
+    fn members(&self) -> Option<MutexGuard<'_, Vec<Member>>> {
+        match self.members.try_lock() {
+            Ok(members) => Some(members),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     /// VM number `vm` is at work now; returns whether another was a short while ago.
@@ -61,23 +82,26 @@ impl Company {
         let changed_ms = self.changed_ms.load(Ordering::Relaxed);
         let shared = changed_ms > 0 && now_ms < changed_ms + COMPANY.as_millis() as u64;
         if shared {
-            enter(&mut self.members(), vm, Instant::now());
+            if let Some(mut members) = self.members() {
+                enter(&mut members, vm, Instant::now());
+            }
         }
         shared
     }
 
-    /// Something was worked for `vm`, whose weight is at least 1. Returns whether it has had more than its share.
-    pub(crate) fn charge(&self, vm: u16, weight: u32, worked: Duration) -> bool {
+    /// Something was worked for `vm`, whose weight is at least 1. Returns whether it has had more than its share, or
+    /// `None` if the account is in use: ask again a little later, with all that was worked until then.
+    pub(crate) fn charge(&self, vm: u16, weight: u32, worked: Duration) -> Option<bool> {
         let now = Instant::now();
-        let mut members = self.members();
+        let mut members = self.members()?;
         members.retain(|member| member.vm == vm || now.saturating_duration_since(member.seen) < COMPANY);
         let others = members.iter().filter(|member| member.vm != vm);
-        let Some(least) = others.map(|member| member.virtual_ns).min() else { return false };
+        let Some(least) = others.map(|member| member.virtual_ns).min() else { return Some(false) };
         let member = enter(&mut members, vm, now);
         let virtual_ns =
             member.virtual_ns + worked.as_nanos() as u64 * USUAL_WEIGHT / u64::from(weight.max(1));
         member.virtual_ns = virtual_ns.min(least + MOST_LEAD_NS);
-        member.virtual_ns > least + LEAD_NS
+        Some(member.virtual_ns > least + LEAD_NS)
     }
 }
 
@@ -99,6 +123,10 @@ mod tests {
 
     const STRETCH: Duration = Duration::from_micros(100);
 
+    fn charge(company: &Company, vm: u16, weight: u32, worked: Duration) -> bool {
+        company.charge(vm, weight, worked).expect("nobody else has the account")
+    }
+
     #[test]
     fn company_is_noticed_and_forgotten() {
         let company = Company::new();
@@ -116,16 +144,16 @@ mod tests {
         (0..4).for_each(|turn| {
             company.is_at_work(turn % 2);
         });
-        assert!(!company.charge(0, 100, STRETCH), "one stretch is no flood");
-        assert!((0..10).any(|_| company.charge(0, 100, STRETCH)));
-        assert!(!company.charge(1, 100, STRETCH));
+        assert!(!charge(&company, 0, 100, STRETCH), "one stretch is no flood");
+        assert!((0..10).any(|_| charge(&company, 0, 100, STRETCH)));
+        assert!(!charge(&company, 1, 100, STRETCH));
     }
 
     #[test]
     fn alone_nobody_is_ahead() {
         let company = Company::new();
         company.is_at_work(0);
-        assert!((0..100).all(|_| !company.charge(0, 100, STRETCH)));
+        assert!((0..100).all(|_| !charge(&company, 0, 100, STRETCH)));
     }
 
     #[test]
@@ -135,18 +163,45 @@ mod tests {
             company.is_at_work(turn % 2);
         });
         for _ in 0..100 {
-            assert!(!company.charge(0, 100, STRETCH));
-            assert!(!company.charge(1, 100, STRETCH));
+            assert!(!charge(&company, 0, 100, STRETCH));
+            assert!(!charge(&company, 1, 100, STRETCH));
         }
         // Three times the weight, three times the work.
         for _ in 0..100 {
-            assert!(!company.charge(0, 300, 3 * STRETCH));
-            assert!(!company.charge(1, 100, STRETCH));
+            assert!(!charge(&company, 0, 300, 3 * STRETCH));
+            assert!(!charge(&company, 1, 100, STRETCH));
         }
         let ahead = (0..100).filter(|_| {
-            company.charge(1, 100, STRETCH);
-            company.charge(0, 100, 3 * STRETCH)
+            charge(&company, 1, 100, STRETCH);
+            charge(&company, 0, 100, 3 * STRETCH)
         });
         assert!(ahead.count() > 90, "with the same weight it is too much");
+    }
+
+    #[test]
+    fn nobody_waits_for_the_account() {
+        let company = Company::new();
+        (0..4).for_each(|turn| {
+            company.is_at_work(turn % 2);
+        });
+        let held = company.members();
+        assert!(company.is_at_work(0), "and company is known without it");
+        assert_eq!(company.charge(0, 100, 10 * STRETCH), None);
+        drop(held);
+        assert_eq!(company.charge(0, 100, 10 * STRETCH), Some(true));
+    }
+
+    #[test]
+    fn answers_are_remembered_by_cpu_for_a_while() {
+        let company = Company::new();
+        let long = Duration::from_secs(10);
+        assert!(!company.has_answered(1, long), "nothing was answered yet");
+        company.answered(1);
+        assert!(company.has_answered(1, long));
+        assert!(!company.has_answered(0, long), "another CPU");
+        std::thread::sleep(STRETCH);
+        assert!(!company.has_answered(1, STRETCH), "long ago");
+        company.answered(CPUS + 7);
+        assert!(company.has_answered(7, long), "more CPUs than places");
     }
 }

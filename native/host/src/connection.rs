@@ -17,7 +17,7 @@ use crate::limits::{Limits, Turn, MAX_FRAME_BYTES, OUT_HIGH_WATER, SMALL_FRAME_B
 use crate::outbox::{Wake, Waker};
 use crate::polling::Habit;
 use crate::scheduling::{self, PIECE_BYTES};
-use crate::session::{Session, State};
+use crate::session::{Progress, Session, SessionError, State};
 use crate::vm::Vm;
 
 /// Longest time between two looks at the deadlines.
@@ -120,14 +120,14 @@ impl<'a> Connection<'a> {
             let (fed, sent) = {
                 let _turn = self.turn(&vm);
                 scheduling::go_on(self.shared);
-                let fed = self.session.feed(self.input.bytes(), &mut self.out);
+                scheduling::let_answers_arrive();
+                let fed = self.feed();
                 // Copying answers is work as well. What does not fit waits outside: a guest that does not read must
                 // not keep its VM's other connections waiting.
                 (fed, self.send_now())
             };
             let sent = sent.and_then(|sent| self.send_rest(sent));
             let Ok(progress) = fed else { return End::Closed };
-            self.input.consume(progress.consumed);
             if let Err(end) = sent {
                 return end;
             }
@@ -158,6 +158,26 @@ impl<'a> Connection<'a> {
         }
         self.shared = self.engine.company.is_at_work(vm.id.0);
         self.shared.then(|| vm.turnstile.enter())
+    }
+
+    /// Let the session consume what has arrived. Where other VMs are at work, the rest of a long frame is taken in here,
+    /// as far as it is there: copying it is work like any other.
+    fn feed(&mut self) -> Result<Progress, SessionError> {
+        loop {
+            let progress = self.session.feed(self.input.bytes(), &mut self.out)?;
+            self.input.consume(progress.consumed);
+            let State::NeedInput(frame_bytes) = progress.state else { return Ok(progress) };
+            if !self.shared || self.input.bytes().len() < HEADER_BYTES || !self.out.is_empty() {
+                return Ok(progress);
+            }
+            self.input.make_room(frame_bytes);
+            match self.input.receive(&self.signal.socket, PIECE_BYTES, RecvFlags::DONTWAIT) {
+                Ok(received) if received > 0 => self.heard = Instant::now(),
+                // Whatever it is, it is met again by whoever waits for more.
+                _ => return Ok(progress),
+            }
+            scheduling::give_way();
+        }
     }
 
     /// Set or clear the deadline of the frame that is half here.
@@ -233,6 +253,7 @@ impl<'a> Connection<'a> {
                 }
             }
         }
+        scheduling::end_stretch();
         let control = self.session.role() == Some(Role::Control);
         let flags = if control { RecvFlags::DONTWAIT } else { RecvFlags::empty() };
         if control && !self.sleep_for_either(limits)? {
@@ -354,5 +375,61 @@ impl Input {
         let (received, _) = net::recv(socket, &mut self.data[self.end..end], flags)?;
         self.end += received;
         Ok(received)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use tmem_store::{Store, StoreConfig, VmLimits};
+    use tmem_wire::pages::PutWriter;
+    use tmem_wire::{Encoding, Header, HelloRequest, Key, Op, PoolCreate, PoolKind, PAGE_BYTES};
+
+    use super::*;
+    use crate::listener::SocketOptions;
+    use crate::VmSpec;
+
+    const PAGES: u16 = 32;
+
+    /// What of a long frame, all of which has arrived, is consumed without waiting once its start was received.
+    fn consumed_at_once(shared: bool) -> usize {
+        let (store, _) = Store::open(&StoreConfig::memfd(16 << 20)).unwrap();
+        let sockets = SocketOptions { mode: 0o600, gid: None };
+        let engine = Engine::new(Arc::new(store), Limits::default(), sockets).unwrap();
+        let vm = engine.add_vm("vm", &VmSpec::default(), &VmLimits::default()).unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let notices = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
+        let signal = Arc::new(Signal { socket: ours.into(), notices });
+        let waker = Box::new(SocketWaker(signal.clone()));
+        let session = Session::new(&engine, &vm, String::new(), waker).unwrap();
+        let mut connection = Connection::new(&engine, &signal, session);
+        let hello = HelloRequest::new(Role::FileCache, [9; 16]);
+        let mut frames = Vec::new();
+        Header::request(Op::Hello, 1).write_frame(&hello.encode(), &mut frames);
+        let pool = PoolCreate::private(PoolKind::Ephemeral { exclusive: false }, "p").encode();
+        Header::request(Op::PoolCreate, 2).write_frame(&pool, &mut frames);
+        connection.session.feed(&frames, &mut connection.out).unwrap();
+        connection.out.clear();
+        frames.clear();
+        let mut writer = PutWriter::begin(&mut frames, 3, 1, PAGES, false);
+        for index in 0..PAGES.into() {
+            writer.page(&Key { object: [1; 16], index }, Encoding::Raw, &[7; PAGE_BYTES], 0);
+        }
+        writer.end();
+        assert!(frames.len() > 2 * PIECE_BYTES);
+        assert_eq!((&theirs).write(&frames).unwrap(), frames.len(), "the socket does not hold it all");
+        connection.shared = shared;
+        connection.input.receive(&signal.socket, PIECE_BYTES, RecvFlags::empty()).unwrap();
+        let consumed = connection.feed().unwrap().consumed;
+        assert!(consumed == 0 || consumed == frames.len());
+        consumed
+    }
+
+    #[test]
+    fn a_long_frame_is_taken_in_during_the_turn_where_others_are_at_work() {
+        assert!(consumed_at_once(true) > 0);
+        assert_eq!(consumed_at_once(false), 0, "who is alone takes it in at one go, elsewhere");
     }
 }
