@@ -32,6 +32,11 @@ _SERVER = (
     "q=$(awk '/^PPid/{print $2}' /proc/$p/status); "
     "[ $(cat /proc/$q/comm) = tmem-guest ] && echo $p; done; true"
 )
+# What the shim's threads wait for.
+_THREADS = (
+    "for t in $(pidof tmem-guest | sed 's,[0-9]*,/proc/&/task/*,g'); do "
+    "echo $t $(cat $t/comm $t/wchan); cat $t/stack; done; true"
+)
 
 
 @cache
@@ -96,11 +101,21 @@ class SwapGuest:
     def swap_off(self) -> None:
         """Turn swap off and end the shim, which must leave nothing behind."""
         self.run(f"swapoff {self.device}")
-        # The parent is told, as a service manager would.
-        server = self.server()
-        self.run(f"kill -TERM $(awk '/^PPid/{{print $2}}' /proc/{server}/status)")
-        self.until(lambda: self.run("pidof tmem-guest || true") == "", "the shim ends")
+        self.run(f"kill -TERM {self.keeper()}")
+        self.await_end()
+
+    def await_end(self) -> None:
+        """Wait until the shim, which was told to, has ended."""
+        try:
+            self.until(lambda: self.run("pidof tmem-guest || true") == "", "the shim ends")
+        except AssertionError as error:
+            error.add_note(self.run(_THREADS) + self.log())
+            raise
         self.device = ""
+
+    def keeper(self) -> int:
+        """Process id of the serving process's parent, which a service manager knows."""
+        return int(self.run(f"awk '/^PPid/{{print $2}}' /proc/{self.server()}/status"))
 
     def server(self) -> int:
         """Process id of the serving process."""

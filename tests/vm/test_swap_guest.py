@@ -88,11 +88,14 @@ class Trouble:
         self.guest.run("rm /tmp/newcomer")
 
     def shim_kills(self, seconds: float) -> None:
-        """The serving process is killed; another takes over the device."""
+        """The serving process is killed; another takes over the device, at the first try."""
         until = time.monotonic() + seconds
+        expected = self.guest.status()["restarts"]
         while time.monotonic() < until:
             self.guest.kill_server()
+            expected += 1
             time.sleep(2)
+        assert self.guest.status()["restarts"] == expected, self.guest.log()
 
     def frosts(self, seconds: float) -> None:
         """The VM is frozen and thawed."""
@@ -149,6 +152,15 @@ def trouble(request: pytest.FixtureRequest, module_vms: Vms, mini: SwapGuest) ->
     assert (status["lost"], status["io_errors"], status["lost_pages"]) == (0, 0, 0), status
     mini.swap_off()
     assert mini.run("ls /dev/ublkb* 2>/dev/null || true") == ""
+
+
+@pytest.mark.parametrize("device", ["ublk", "nbd"])
+def test_a_request_to_end_outlives_the_process_that_got_it(mini: SwapGuest, device: str) -> None:
+    mini.swap_on(device, size_mib=DEVICE_MIB)
+    mini.run(f"swapoff {mini.device}")
+    server, keeper = mini.server(), mini.keeper()
+    mini.run(f"kill -STOP {server} && kill -TERM {keeper} && sleep 1 && kill -KILL {server}")
+    mini.await_end()
 
 
 @pytest.mark.parametrize("kind", Trouble.ALL)

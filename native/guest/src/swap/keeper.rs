@@ -37,7 +37,11 @@ pub(super) fn keep(
             }
             server => server,
         };
-        let status = wait(server, &signals);
+        if shared.state.end_wanted.load(Ordering::Acquire) {
+            // The process that was told so died before it could do it.
+            send(server, libc::SIGTERM);
+        }
+        let status = wait(server, &signals, shared);
         if libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0 {
             return Ok(());
         }
@@ -58,7 +62,7 @@ pub(super) fn keep(
 }
 
 /// Wait for the server's end and tell its exit status; pass requests to end on to it.
-fn wait(server: libc::pid_t, signals: &Signals) -> libc::c_int {
+fn wait(server: libc::pid_t, signals: &Signals, shared: Shared) -> libc::c_int {
     loop {
         match signals.wait() {
             libc::SIGCHLD => {
@@ -68,7 +72,10 @@ fn wait(server: libc::pid_t, signals: &Signals) -> libc::c_int {
                     return status;
                 }
             }
-            libc::SIGTERM | libc::SIGINT => send(server, libc::SIGTERM),
+            libc::SIGTERM | libc::SIGINT => {
+                shared.state.end_wanted.store(true, Ordering::Release);
+                send(server, libc::SIGTERM);
+            }
             _ => {}
         }
     }

@@ -247,6 +247,7 @@ impl<'a> Service<'a> {
                 self.ending.store(true, Ordering::Release);
                 return Ok(Some(claimed));
             }
+            self.shared.state.end_wanted.store(false, Ordering::Release);
             log::error!("{path} is in use, so it stays: swapoff {path} first, then stop this again");
         }
     }

@@ -73,6 +73,8 @@ pub struct State {
     pub host_lost_pages: AtomicBool,
     /// Number of the block device plus one; zero if there is none yet.
     pub device: AtomicU32,
+    /// The device is to go, and no serving process has refused yet.
+    pub end_wanted: AtomicBool,
 }
 
 /// The mapping.

@@ -78,6 +78,12 @@ fn find(mut attributes: &[u8], kind: u16) -> Option<&[u8]> {
     None
 }
 
+/// Whether the other end of a connection is closed.
+fn is_closed(socket: &OwnedFd) -> bool {
+    let flags = rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT;
+    matches!(rustix::net::recv(socket, &mut [0; 1], flags), Ok((0, _)))
+}
+
 impl Driver {
     /// Open the client, if this kernel has it.
     pub(in crate::swap) fn open() -> io::Result<Driver> {
@@ -175,24 +181,33 @@ impl Driver {
     }
 
     /// Give a device whose server died new connections.
+    ///
+    /// The kernel takes no more than it has noticed to be dead, and does not tell how many: it closes the others.
     pub(in crate::swap) fn recover(
         &mut self,
         number: u32,
         queues: u16,
     ) -> io::Result<(NbdDevice, Vec<OwnedFd>)> {
         let deadline = Instant::now() + RECOVERY;
-        loop {
+        let mut taken = Vec::new();
+        while taken.len() < queues.into() {
             let mut message = Vec::new();
             attribute(&mut message, NBD_ATTR_INDEX, &number.to_ne_bytes());
-            let (ours, _theirs) = Driver::sockets(queues, &mut message)?;
-            match self.call(NBD_CMD_RECONFIGURE, &message) {
-                // It has not noticed yet that its connections are dead.
-                Err(error) if error.raw_os_error() == Some(libc::ENOSPC) && Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(20));
+            let (ours, theirs) = Driver::sockets(queues - taken.len() as u16, &mut message)?;
+            self.call(NBD_CMD_RECONFIGURE, &message)?;
+            drop(theirs);
+            let before = taken.len();
+            taken.extend(ours.into_iter().filter(|our| !is_closed(our)));
+            if taken.len() == before {
+                if Instant::now() > deadline {
+                    return Err(io::Error::other(
+                        "nbd: the kernel takes no connection in a dead one's place",
+                    ));
                 }
-                done => return done.map(|_| (NbdDevice { number }, ours)),
+                std::thread::sleep(Duration::from_millis(20));
             }
         }
+        Ok((NbdDevice { number }, taken))
     }
 
     /// Remove the device. It must not be in use.
@@ -244,6 +259,15 @@ impl NbdDevice {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_closed_connection_is_told_from_a_silent_one() {
+        let (mut ours, mut theirs) = Driver::sockets(2, &mut Vec::new()).unwrap();
+        drop(theirs.pop());
+        assert!(is_closed(&ours.pop().unwrap()) && !is_closed(&ours[0]));
+        rustix::net::send(&theirs[0], &[1], rustix::net::SendFlags::empty()).unwrap();
+        assert!(!is_closed(&ours[0]));
+    }
 
     #[test]
     fn attributes_are_found_again() {
