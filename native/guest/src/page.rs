@@ -15,22 +15,24 @@ fn same_filled(page: &[u8]) -> Option<[u8; 8]> {
     (*rest == page[..page.len() - 8]).then_some(*first)
 }
 
-/// Space that any page fits after compression; the codec wants it even where we do not.
-const SPACE_BYTES: usize = lz4_flex::block::get_maximum_output_size(PAGE_BYTES);
 /// A page that needs more than this is not worth decompressing.
 const WORTH_BYTES: usize = PAGE_BYTES * 3 / 4;
 
 /// Appends pages to PUT frames in the form that costs the link least.
 pub struct Encoder {
     /// Space for a compressed page, if pages are to be compressed.
-    compressed: Option<Box<([u8; SPACE_BYTES], lz4_flex::block::CompressTable)>>,
+    compressed: Option<Box<[u8; WORTH_BYTES]>>,
 }
 
 impl Encoder {
-    /// `compress`: spend the guest's time to save bytes on the link.
+    /// `compress`: spend the guest's time to save bytes on the link. To be used by the thread that made it.
     pub fn new(compress: bool) -> Encoder {
-        let space = || Box::new(([0; SPACE_BYTES], lz4_flex::block::CompressTable::small()));
-        Encoder { compressed: compress.then(space) }
+        let mut compressed = compress.then(|| Box::new([0; WORTH_BYTES]));
+        if let Some(space) = &mut compressed {
+            // The codec allocates a state for the thread with its first block: now, and not while memory is short.
+            let _ = compress_into(&[0; PAGE_BYTES], space);
+        }
+        Encoder { compressed }
     }
 
     /// Append a page.
@@ -38,13 +40,18 @@ impl Encoder {
         if let Some(word) = same_filled(page) {
             return writer.page(key, Encoding::SameFilled, &word, checksum);
         }
-        if let Some((space, table)) = self.compressed.as_deref_mut() {
-            if let Ok(bytes @ ..WORTH_BYTES) = lz4_flex::block::compress_into_with_table(page, space, table) {
+        if let Some(space) = self.compressed.as_deref_mut() {
+            if let Some(bytes) = compress_into(page, space) {
                 return writer.page(key, Encoding::Lz4, &space[..bytes], checksum);
             }
         }
         writer.page(key, Encoding::Raw, page, checksum);
     }
+}
+
+/// Compress a page; returns the bytes it takes, if they fit.
+fn compress_into(page: &[u8], space: &mut [u8; WORTH_BYTES]) -> Option<usize> {
+    lzzzz::lz4::compress(page, space, lzzzz::lz4::ACC_LEVEL_DEFAULT).ok().filter(|bytes| *bytes > 0)
 }
 
 /// Write a page that the host sent to `to`; returns its checksum, or `None` if it does not decode.
@@ -54,7 +61,7 @@ pub fn decode(got: &GotPage<'_>, to: &mut [u8]) -> Option<u32> {
         Encoding::Raw => to.copy_from_slice(got.payload),
         Encoding::SameFilled => to.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(got.payload)),
         Encoding::Lz4 => {
-            let bytes = lz4_flex::block::decompress_into(got.payload, to).ok()?;
+            let bytes = lzzzz::lz4::decompress(got.payload, to).ok()?;
             if bytes != PAGE_BYTES {
                 return None;
             }

@@ -56,6 +56,8 @@ pub(super) struct Host {
     /// What is being sent is all there is to send.
     sending_last: bool,
     receiving: bool,
+    /// The kernel had no memory to tell of what comes, so it is to wait for it.
+    look_first: bool,
     input: Input,
     last_sent: Instant,
     last_heard: Instant,
@@ -73,6 +75,7 @@ impl Host {
             sending: false,
             sending_last: false,
             receiving: false,
+            look_first: false,
             input: Input { buffer: vec![0; FRAME_BYTES], start: 0, end: 0 },
             last_sent: now,
             last_heard: now,
@@ -120,14 +123,10 @@ impl Host {
 
     fn receive(&mut self, ring: &mut Ring) {
         let Some(connection) = &self.connection else { return };
+        let socket = connection.socket.as_raw_fd();
         let space = &mut self.input.buffer[self.input.end..];
-        let entry = opcode::Recv::new(
-            types::Fd(connection.socket.as_raw_fd()),
-            space.as_mut_ptr(),
-            space.len() as u32,
-        );
         // SAFETY: `input` is neither moved nor resized, and its tail is used again only after the completion.
-        unsafe { ring.push(entry.build(), Token::new(Source::Receive, 0)) };
+        unsafe { ring.receive(socket, space, self.look_first, Token::new(Source::Receive, 0)) };
         self.receiving = true;
     }
 
@@ -180,11 +179,13 @@ impl Host {
             self.close();
             return Ok(None);
         }
-        let got = bytes(result)?;
-        if got == 0 {
+        self.look_first = result == -libc::EAGAIN;
+        let got = if self.look_first { 0 } else { bytes(result)? };
+        if got > 0 {
+            self.last_heard = now;
+        } else if !self.look_first {
             return Err(Broken::Closed);
         }
-        self.last_heard = now;
         let mut input = std::mem::take(&mut self.input);
         input.end += got;
         Ok(Some(input))

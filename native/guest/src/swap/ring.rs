@@ -10,6 +10,9 @@ use tmem_wire::PAGE_BYTES;
 
 use super::core::MAX_PAGES;
 
+/// `IORING_RECVSEND_POLL_FIRST` of linux/io_uring.h.
+const RECV_POLL_FIRST: u16 = 1;
+
 /// Whose completion it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -62,8 +65,10 @@ impl Token {
 
 /// A ring used by one thread.
 pub(super) struct Ring {
-    ring: IoUring,
+    uring: IoUring,
     outstanding: usize,
+    /// The kernel has what came with Linux 6.1.
+    is_modern: bool,
 }
 
 impl Ring {
@@ -71,20 +76,20 @@ impl Ring {
         let mut settings = IoUring::builder();
         settings.setup_cqsize(entries * 4).setup_clamp();
         // What completes waits until this thread asks for it, instead of interrupting it. Linux 6.1 can do that.
-        let ring = (settings.clone().setup_single_issuer().setup_defer_taskrun().build(entries))
-            .or_else(|_| settings.build(entries))
-            .map_err(|error| {
-                let hint = match error.raw_os_error() {
-                    Some(libc::EPERM | libc::ENOSYS) => {
-                        "; the swap shim needs io_uring: check the sysctl kernel.io_uring_disabled"
-                    }
-                    _ => "",
-                };
-                io::Error::new(error.kind(), format!("cannot set up an io_uring: {error}{hint}"))
-            })?;
+        let modern = settings.clone().setup_single_issuer().setup_defer_taskrun().build(entries);
+        let is_modern = modern.is_ok();
+        let ring = modern.or_else(|_| settings.build(entries)).map_err(|error| {
+            let hint = match error.raw_os_error() {
+                Some(libc::EPERM | libc::ENOSYS) => {
+                    "; the swap shim needs io_uring: check the sysctl kernel.io_uring_disabled"
+                }
+                _ => "",
+            };
+            io::Error::new(error.kind(), format!("cannot set up an io_uring: {error}{hint}"))
+        })?;
         // Transfers that would block are done by kernel threads of the ring; a few are enough, and they stay.
         ring.submitter().register_iowq_max_workers(&mut [4, 4])?;
-        Ok(Ring { ring, outstanding: 0 })
+        Ok(Ring { uring: ring, outstanding: 0, is_modern })
     }
 
     /// Queue an operation.
@@ -94,9 +99,9 @@ impl Ring {
     pub(super) unsafe fn push(&mut self, entry: squeue::Entry, token: Token) {
         let entry = entry.user_data(token.bits());
         // SAFETY: passed on to the caller.
-        while unsafe { self.ring.submission().push(&entry) }.is_err() {
+        while unsafe { self.uring.submission().push(&entry) }.is_err() {
             // Full: hand over what there is. An interrupted or busy kernel is asked again.
-            let _ = self.ring.submit();
+            let _ = self.uring.submit();
         }
         self.outstanding += 1;
     }
@@ -105,7 +110,7 @@ impl Ring {
     pub(super) fn wait(&mut self, completions: usize, timeout: Duration) -> io::Result<()> {
         let timespec = types::Timespec::from(timeout);
         let args = types::SubmitArgs::new().timespec(&timespec);
-        match self.ring.submitter().submit_with_args(completions, &args) {
+        match self.uring.submitter().submit_with_args(completions, &args) {
             Ok(_) => Ok(()),
             Err(error) => match error.raw_os_error() {
                 Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
@@ -116,7 +121,7 @@ impl Ring {
 
     /// The next completion, with its result (negative: an errno).
     pub(super) fn completion(&mut self) -> Option<(Token, i32)> {
-        let entry = self.ring.completion().next()?;
+        let entry = self.uring.completion().next()?;
         self.outstanding -= 1;
         Some((Token::from_bits(entry.user_data()), entry.result()))
     }
@@ -124,6 +129,18 @@ impl Ring {
     /// Operations whose completion was not taken yet.
     pub(super) fn outstanding(&self) -> usize {
         self.outstanding
+    }
+
+    /// Receive from a socket that probably has nothing yet: the kernel looks when something comes, not before. That may
+    /// end with `EAGAIN`, if there is no memory to be told with; with `look_first` a thread of the ring waits then.
+    ///
+    /// # Safety
+    /// As [`Ring::push`]; the memory is `space`.
+    pub(super) unsafe fn receive(&mut self, socket: RawFd, space: &mut [u8], look_first: bool, token: Token) {
+        let flags = if self.is_modern && !look_first { RECV_POLL_FIRST } else { 0 };
+        let entry = opcode::Recv::new(types::Fd(socket), space.as_mut_ptr(), space.len() as u32);
+        // SAFETY: passed on to the caller.
+        unsafe { self.push(entry.ioprio(flags).build(), token) };
     }
 
     /// Ask to be told when `fd` is readable.
@@ -182,6 +199,10 @@ impl Drop for Buffers {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+    use std::os::fd::AsRawFd;
+    use std::os::unix::net::UnixStream;
+
     use super::*;
 
     #[test]
@@ -189,6 +210,24 @@ mod tests {
         for source in [Source::Front, Source::File, Source::Send, Source::Receive, Source::Wake] {
             let token = Token { source, slot: 0xfedc, at: 15, pages: 16 };
             assert_eq!(Token::from_bits(token.bits()), token);
+        }
+    }
+
+    #[test]
+    fn a_receive_waits_for_what_comes() {
+        for look_first in [false, true] {
+            let mut ring = Ring::new(8).unwrap();
+            let (mut there, here) = UnixStream::pair().unwrap();
+            let mut space = [0; 8];
+            let token = Token::new(Source::Receive, 0);
+            // SAFETY: `space` is used again only after the completion.
+            unsafe { ring.receive(here.as_raw_fd(), &mut space, look_first, token) };
+            ring.wait(1, Duration::from_millis(5)).unwrap();
+            assert_eq!(ring.completion(), None);
+            there.write_all(b"page").unwrap();
+            ring.wait(1, Duration::from_secs(5)).unwrap();
+            assert_eq!(ring.completion(), Some((token, 4)));
+            assert_eq!(&space[..4], b"page");
         }
     }
 
