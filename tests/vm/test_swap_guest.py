@@ -27,7 +27,7 @@ PROCESSES = 3
 PROCESS_MIB = 60
 DEVICE_MIB = 320
 QUOTA_BYTES = 160 * MIB
-NEWCOMER_MIB = 16
+NEWCOMER_MIB = 32
 SHORT_S = 6.0
 SOAK_S = float(os.environ.get("TMEM_SWAP_SOAK_S", "3600"))
 """Seconds of the long test, over both devices together."""
@@ -78,9 +78,9 @@ class Trouble:
 
     def absence(self, seconds: float) -> None:
         """Tmemd is away for a while: new pages go to the file, host pages are waited for."""
-        # The programs soon wait for host pages, all of them. Who comes now needs none, only memory.
-        newcomer = f"sleep 1; head -c {NEWCOMER_MIB}M /dev/zero > /tmp/newcomer"
-        self.guest.run(f"setsid sh -c '{newcomer}' > /dev/null 2>&1 < /dev/null &")
+        # The programs soon wait for host pages, all of them. Who comes now needs none, only memory, and for
+        # seconds: something has to be swapped out for each of its pages. It never sleeps, or it might be too.
+        self.guest.run(f"setsid head -c {NEWCOMER_MIB}M /dev/zero > /tmp/newcomer 2> /dev/null < /dev/null &")
         self.vms.tmemd.kill()
         time.sleep(seconds)
         self.vms.tmemd.start()
