@@ -1,10 +1,11 @@
 """The headline: a kernel build in a VM with too little memory, three ways, on one model of a disk.
 
-A Debian guest whose memory holds neither the compiler nor the sources for long builds a part of the kernel:
+A Debian guest builds a part of the kernel with `make -j4`. Its memory holds neither four compilers' data nor
+their program and the sources for long; it swaps, and reads files again that it evicted:
 
-* `no_tmem`: from its disks, past the host's page cache (`cache=none`);
-* `tmem`: the same, with `tmem-agent mount /usr` and `tmem-agent mount /data`;
-* `host_page_cache`: from its disks, with `cache=writeback`.
+* `no_tmem`: disks past the host's page cache (`cache=none`), a swap file on one of them;
+* `tmem`: the same disks, `tmem-agent swap on`, and `tmem-agent mount` over the compiler's directory;
+* `host_page_cache`: the first way with `cache=writeback`.
 
 Each once on the cloud disk of `disk_model` and once on the disk as it is. Guests, tmem and the host's page
 cache are cold at each start. In the first two ways the limit is libvirt's iotune; in the third the disk is
@@ -18,8 +19,9 @@ import json
 import os
 import statistics
 import tempfile
+import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,11 +36,15 @@ from tmem_host.vm.machine import Machine
 from tmem_host.vm.request import Registration, VmRequest
 from tmem_host.vm.ssh import GuestShell
 from tmem_host.workloads import kernel
-from tmem_host.workloads.shell import DATA, MOUNT
+from tmem_host.workloads.shell import DATA
 
 _MIB = 1 << 20
-MEMORY_MIB = 176
+MEMORY_MIB = 192
+SWAP_MIB = 256
 QUOTA_MIB = 256
+CPUS = 2
+JOBS = 4
+COMPILER = "/usr/libexec/gcc"
 TARGET = "kernel/time/"
 WAYS = ("no_tmem", "tmem", "host_page_cache")
 _VM = "bench-fs"
@@ -57,11 +63,33 @@ class Build:
     guest_sectors: float
     """Read by the guest from its virtio disks."""
     host_bytes: float
-    """Host memory that held the guest's file pages at the end: tmem's, or the host's page cache."""
+    """Host memory that held the guest's pages, when it was most: tmem's, or the host's page cache."""
 
 
 Builds = dict[tuple[str, bool], list[Build]]
 """Builds by way and whether the disk was the cloud's."""
+
+
+class Most:
+    """The greatest value that a function had while the block ran, asked every other second."""
+
+    def __init__(self, ask: Callable[[], int]) -> None:
+        self.value = 0
+        self._ask = ask
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="most")
+
+    def _watch(self) -> None:
+        while not self._done.wait(2.0):
+            self.value = max(self.value, self._ask())
+
+    def __enter__(self) -> Most:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
 
 
 class Guest:
@@ -74,9 +102,13 @@ class Guest:
         self.tmemd = tmemd
         self.qemu = fs_disk.emulator(up)
         if way == "tmem":
-            self._run(f"mkdir -p {MOUNT} && tmem-agent mount {DATA} --at {MOUNT} && tmem-agent mount /usr")
+            self._run(f"tmem-agent swap on --size {SWAP_MIB}M --file {DATA}/swap.tmem")
+            self._run(f"tmem-agent mount {COMPILER}")
         else:
             self._run("systemctl stop tmem-agent")
+            file = f"{DATA}/swap.plain"
+            self._run(f"dd if=/dev/zero of={file} bs=1M count={SWAP_MIB} oflag=direct status=none")
+            self._run(f"chmod 600 {file} && mkswap {file} && swapon {file}")
 
     def _run(self, line: str) -> str:
         return self.shell.check(line, deadline_s=_STEP_S)
@@ -88,17 +120,17 @@ class Guest:
             admin.flush(_VM)
         fs_disk.forget(self.up)
         limit = fs_disk.below_the_page_cache if self.way == "host_page_cache" else fs_disk.iotune
-        with limit(self.up, model.limits) if model else nullcontext():
+        with limit(self.up, model.limits) if model else nullcontext(), Most(self._host_bytes) as most:
             before = fs_disk.sectors_read(self.qemu), self.up.block_stats().sectors_read
             done = kernel.run(
                 self.shell,
                 kernel.target(TARGET),
-                source=f"{MOUNT if self.way == 'tmem' else DATA}/linux",
-                jobs=1,
+                source=f"{DATA}/linux",
+                jobs=JOBS,
                 deadline_s=_BUILD_S,
             )
             after = fs_disk.sectors_read(self.qemu), self.up.block_stats().sectors_read
-        return Build(done.seconds, after[0] - before[0], after[1] - before[1], self._host_bytes())
+        return Build(done.seconds, after[0] - before[0], after[1] - before[1], most.value)
 
     def _host_bytes(self) -> int:
         if self.way == "tmem":
@@ -126,6 +158,7 @@ def measure(
         for way in [way for _ in range(rounds) for way in ways]:
             request = VmRequest(
                 name=_VM,
+                cpus=CPUS,
                 memory_bytes=MEMORY_MIB * _MIB,
                 register=Registration(tmemd.admin_socket, quota_bytes=QUOTA_MIB * _MIB),
                 disk_cache="writeback" if way == "host_page_cache" else "none",
