@@ -1,4 +1,4 @@
-//! Which VMs are at work, which of them has had more than its share of the CPUs, and where one was just answered.
+//! Which VMs are at work, and which of them has had more than its share of the CPUs.
 //!
 //! The share is kept as virtual time, as fair queueing has it: what was worked for a VM, divided by its weight. A VM
 //! that comes back begins with the least of the others' time, so that nobody saves up for a flood.
@@ -13,8 +13,6 @@ const COMPANY: Duration = Duration::from_millis(20);
 const LEAD_NS: u64 = 500_000;
 /// The most that is remembered against a VM.
 const MOST_LEAD_NS: u64 = 20_000_000;
-/// CPUs that are told apart; more share places.
-pub(crate) const CPUS: usize = 256;
 /// The weight whose virtual time runs as fast as the clock.
 const USUAL_WEIGHT: u64 = 100;
 
@@ -33,8 +31,6 @@ pub(crate) struct Company {
     /// Milliseconds since `began` at which the VM at work was last another one than before.
     changed_ms: AtomicU64,
     members: Mutex<Vec<Member>>,
-    /// By CPU, nanoseconds since `began` at which a VM within its share was last answered there.
-    answered_ns: Box<[AtomicU64]>,
 }
 
 impl Company {
@@ -44,19 +40,7 @@ impl Company {
             last: AtomicU32::new(u32::MAX),
             changed_ms: AtomicU64::new(0),
             members: Mutex::default(),
-            answered_ns: (0..CPUS).map(|_| AtomicU64::new(0)).collect(),
         }
-    }
-
-    /// A VM within its share was answered on this CPU.
-    pub(crate) fn answered(&self, cpu: usize) {
-        self.answered_ns[cpu % CPUS].store(self.began.elapsed().as_nanos() as u64, Ordering::Relaxed);
-    }
-
-    /// Whether one was in this time.
-    pub(crate) fn has_answered(&self, cpu: usize, within: Duration) -> bool {
-        let at = self.answered_ns[cpu % CPUS].load(Ordering::Relaxed);
-        at > 0 && (self.began.elapsed().as_nanos() as u64) < at + within.as_nanos() as u64
     }
 
     /// Nobody waits for whoever has them, who may be waiting for a CPU.
@@ -189,19 +173,5 @@ mod tests {
         assert_eq!(company.charge(0, 100, 10 * STRETCH), None);
         drop(held);
         assert_eq!(company.charge(0, 100, 10 * STRETCH), Some(true));
-    }
-
-    #[test]
-    fn answers_are_remembered_by_cpu_for_a_while() {
-        let company = Company::new();
-        let long = Duration::from_secs(10);
-        assert!(!company.has_answered(1, long), "nothing was answered yet");
-        company.answered(1);
-        assert!(company.has_answered(1, long));
-        assert!(!company.has_answered(0, long), "another CPU");
-        std::thread::sleep(STRETCH);
-        assert!(!company.has_answered(1, STRETCH), "long ago");
-        company.answered(CPUS + 7);
-        assert!(company.has_answered(7, long), "more CPUs than places");
     }
 }

@@ -120,7 +120,6 @@ impl<'a> Connection<'a> {
             let (fed, sent) = {
                 let _turn = self.turn(&vm);
                 scheduling::go_on(self.shared);
-                scheduling::let_answers_arrive();
                 let fed = self.feed();
                 // Copying answers is work as well. What does not fit waits outside: a guest that does not read must
                 // not keep its VM's other connections waiting.
@@ -253,7 +252,6 @@ impl<'a> Connection<'a> {
                 }
             }
         }
-        scheduling::end_stretch();
         let control = self.session.role() == Some(Role::Control);
         let flags = if control { RecvFlags::DONTWAIT } else { RecvFlags::empty() };
         if control && !self.sleep_for_either(limits)? {

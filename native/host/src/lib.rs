@@ -19,7 +19,7 @@
 //! | [`outbox`] | how other threads reach a session: notices, closing |
 //! | [`connection`] | a session on a socket |
 //! | [`polling`] | bounded busy polling before a thread sleeps |
-//! | `company` | which VMs are at work, which has had more than its share, where one was just answered |
+//! | `company` | which VMs are at work, and which has had more than its share |
 //! | `scheduling` | how the threads that serve guests share the CPUs |
 //! | [`listener`] | sockets on which guests arrive |
 //! | [`limits`] | what a VM may use: connections, memory in flight, pages a second |

@@ -21,10 +21,6 @@ const STRETCH: Duration = Duration::from_micros(20);
 /// How long it sleeps then if its VM has had more than its share. Giving way is not enough: the kernel lets go of a
 /// CPU to another program's thread only once a turn is over, or nobody of ours wants it.
 const REST: Duration = Duration::from_micros(15);
-/// How long after an answer on a CPU that CPU is left to the guest that waits for it.
-const COURTESY: Duration = Duration::from_micros(20);
-/// How often in a row at most: many small requests must not stop a VM altogether.
-const MOST_COURTESY: u32 = 3;
 /// How much later than asked for the kernel may end a sleep; by default 50 µs.
 const SLACK_NS: libc::c_ulong = 1_000;
 /// Bytes that are copied into or out of a socket at once then: kernels built for servers are not interrupted in it.
@@ -90,48 +86,11 @@ pub(crate) fn give_way() -> bool {
     set_ahead(ahead);
     if ahead {
         std::thread::sleep(REST);
-        let_answers_arrive();
     } else {
         std::thread::yield_now();
     }
     SINCE.set(Some(Instant::now()));
     true
-}
-
-/// The calling thread has answered what there was and is going to sleep.
-pub(crate) fn end_stretch() {
-    if is_shared() && !AHEAD.get() {
-        SERVED.with_borrow(|served| {
-            if let Some((company, _)) = served {
-                company.answered(current_cpu());
-            }
-        });
-    }
-}
-
-/// To be called before work that may have waited for a CPU: if the VM has had more than its share, and another one was
-/// answered on this CPU just now, let its guest take the answer first.
-///
-/// The kernel would not: the guest is another program, or in another control group, and to it the turn that the
-/// answering thread asked for is its whole program's. Returns how often it was put off.
-pub(crate) fn let_answers_arrive() -> u32 {
-    if !is_shared() || !AHEAD.get() {
-        return 0;
-    }
-    SERVED.with_borrow(|served| {
-        let Some((company, _)) = served else { return 0 };
-        let mut times = 0;
-        while times < MOST_COURTESY && company.has_answered(current_cpu(), COURTESY) {
-            std::thread::sleep(REST);
-            times += 1;
-        }
-        times
-    })
-}
-
-fn current_cpu() -> usize {
-    // SAFETY: it takes nothing and writes nothing.
-    usize::try_from(unsafe { libc::sched_getcpu() }).unwrap_or(0)
 }
 
 /// Ask for later turns while the VM has had more than its share.
@@ -170,23 +129,7 @@ fn ask_for_turns_of(slice_ns: u64) {
 
 #[cfg(test)]
 mod tests {
-    use tmem_store::{Store, StoreConfig, VmLimits};
-
     use super::*;
-    use crate::company::CPUS;
-    use crate::engine::Engine;
-    use crate::listener::SocketOptions;
-    use crate::{Limits, VmSpec};
-
-    /// An engine with one VM, which the calling thread serves.
-    fn serving() -> Arc<Engine> {
-        let (store, _) = Store::open(&StoreConfig::memfd(16 << 20)).unwrap();
-        let sockets = SocketOptions { mode: 0o600, gid: None };
-        let engine = Engine::new(Arc::new(store), Limits::default(), sockets).unwrap();
-        let vm = engine.add_vm("vm", &VmSpec::default(), &VmLimits::default()).unwrap();
-        serve(&engine.company, &vm);
-        engine
-    }
 
     /// How often a thread gives way that works for a while.
     fn interruptions(work: Duration) -> u32 {
@@ -215,43 +158,5 @@ mod tests {
         go_on(false);
         std::thread::sleep(STRETCH);
         assert!(!give_way());
-    }
-
-    #[test]
-    fn who_is_ahead_lets_the_answers_of_others_arrive_first() {
-        let engine = serving();
-        let answered = |cpu| engine.company.has_answered(cpu, Duration::from_secs(10));
-        // How often at most of many times, as the thread may be interrupted for longer than an answer is remembered.
-        let put_off = || {
-            let times = (0..100).map(|_| {
-                (0..CPUS).for_each(|cpu| engine.company.answered(cpu));
-                let_answers_arrive()
-            });
-            times.max().unwrap()
-        };
-        begin_stretch(true);
-        set_ahead(true);
-        end_stretch();
-        assert!(!(0..CPUS).any(answered), "answers to who is ahead keep nobody waiting");
-        assert!((1..=MOST_COURTESY).contains(&put_off()));
-        std::thread::sleep(COURTESY);
-        assert_eq!(let_answers_arrive(), 0, "its guest has it");
-        set_ahead(false);
-        assert_eq!(put_off(), 0);
-        begin_stretch(false);
-        set_ahead(true);
-        assert_eq!(put_off(), 0, "alone");
-    }
-
-    #[test]
-    fn an_answer_is_remembered_where_others_are_at_work() {
-        let engine = serving();
-        let remembered = || (0..CPUS).any(|cpu| engine.company.has_answered(cpu, Duration::from_secs(10)));
-        begin_stretch(false);
-        end_stretch();
-        assert!(!remembered());
-        begin_stretch(true);
-        end_stretch();
-        assert!(remembered());
     }
 }

@@ -278,10 +278,8 @@ impl Worker {
                 self.greeting_deadline(),
             ];
             let timeout = deadline.into_iter().flatten().min().map(|at| at.saturating_duration_since(now));
-            scheduling::end_stretch();
             self.handle_events(timeout);
             scheduling::begin_stretch(scheduling::is_shared());
-            scheduling::let_answers_arrive();
             self.habit.waited(began.elapsed());
             self.device.disarm();
             began = Instant::now();
