@@ -107,9 +107,20 @@ def vm_records(samples: swap_vm.Samples, found: DiskModel) -> list[Record]:
             for peer in ("clouddisk", "swapfile", "zram", "nbd"):
                 table.beside(f"fio_{job}_ublk_vs_{peer}", job, "ublk", peer, key="iops", unit="IOPS")
     table.records.append(found.record())
-    # Of the serving process, one queue, a device of 512 MiB.
+    # Of the serving process, a device of 512 MiB.
     rss_mib = table.median("ublk", "resident", "bytes") / (1 << 20)
     table.records.append(record("shim_rss_mib", "MiB", rss_mib, goal=6.0))
+    return table.records
+
+
+def single_records(samples: swap_vm.Samples) -> list[Record]:
+    """The figures of the guest with one processor."""
+    table = Table(samples)
+    for peer, goal in (("clouddisk", 3.0), ("swapfile", 1.0)):
+        table.beside(f"rand_swapin_1cpu_ublk_vs_{peer}", "rand_in/3", "ublk", peer, goal=goal)
+        table.beside(f"rand_swapin_1cpu_pc0_ublk_vs_{peer}", "rand_in/0", "ublk", peer)
+        table.beside(f"rand4_swapin_1cpu_ublk_vs_{peer}", "rand_in4/3", "ublk", peer)
+        table.beside(f"rand_write_1cpu_ublk_vs_{peer}", "rand_write/3", "ublk", peer)
     return table.records
 
 
@@ -160,7 +171,7 @@ def main() -> None:
     """Measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help="native, vm; both if none is named")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=1.5, help="of each way to visit pages")
     options = parser.parse_args()
     parts = set(options.parts) or {"native", "vm"}
@@ -171,8 +182,9 @@ def main() -> None:
     if "native" in parts:
         records += native_records(swap_native.measure(options.rounds))
     if "vm" in parts:
-        samples, found = swap_vm.measure(options.rounds, options.seconds)
+        samples, single, found = swap_vm.measure(options.rounds, options.seconds)
         records += vm_records(samples, found)
+        records += single_records(single)
         DIRECTORY.mkdir(parents=True, exist_ok=True)
         draw(samples, DIRECTORY / "swap.svg")
     print(publish("swap", records))

@@ -1,6 +1,6 @@
 """The part of the swap benchmark that runs inside a VM.
 
-One Debian guest; a program larger than its memory (`guest/swapper.c`) is swapped to one device after the
+A Debian guest; a program larger than its memory (`guest/swapper.c`) is swapped to one device after the
 other, in every round to each: tmem over ublk and over NBD, a swap file on the data disk as it is and as the
 cloud disk of `disk_model`, zram. The devices of tmem are set up by `tmem-agent`, as an operator would. Then
 fio on each. The cloud disk is one while something is measured, and a fast disk while memory is filled and
@@ -32,6 +32,9 @@ DEVICE_MIB = (
     640  # more than twice the program: the kernel then keeps what it brought in on the device as well
 )
 DEVICES = ("ublk", "nbd", "clouddisk", "swapfile", "zram")
+CPUS = 2
+SINGLE_DEVICES = ("ublk", "clouddisk", "swapfile")
+"""What a guest with one processor is measured with."""
 SMALL_DEVICE_MIB = 512
 _COMMAND_S = 300.0
 _WORRY_S = 60.0
@@ -161,7 +164,7 @@ class Guest:
 
 
 @contextmanager
-def booted() -> Iterator[Guest]:
+def booted(cpus: int) -> Iterator[Guest]:
     """The guest, with a tmemd of its own."""
     with tempfile.TemporaryDirectory(prefix="sb-", dir="/dev/shm") as place, ExitStack() as stack:
         directory = Path(place)
@@ -171,16 +174,16 @@ def booted() -> Iterator[Guest]:
         stack.enter_context(libvirtd.running())
         register = Registration(tmemd.admin_socket, quota_bytes=800 * _MIB, persistent_max_bytes=4096 * _MIB)
         request = VmRequest(
-            name="bench-swap", memory_bytes=MEMORY_MIB * _MIB, register=register, wait="agent"
+            name="bench-swap", memory_bytes=MEMORY_MIB * _MIB, cpus=cpus, register=register, wait="agent"
         )
         up = stack.enter_context(machine.up(request, print))
         yield Guest(up, stack.enter_context(up.ssh()), tmemd)
 
 
-def one_round(guest: Guest, samples: Samples, seconds: float, number: int) -> None:
+def one_round(guest: Guest, devices: tuple[str, ...], samples: Samples, seconds: float, number: int) -> None:
     """Swap to each device once; another one begins each round."""
-    turn = number % len(DEVICES)
-    for device in (*DEVICES[turn:], *DEVICES[:turn]):
+    turn = number % len(devices)
+    for device in (*devices[turn:], *devices[:turn]):
 
         def tell(way: str, figures: Figures, device: str = device) -> None:
             samples.setdefault((device, way), []).append(figures)
@@ -217,16 +220,22 @@ def fio_round(guest: Guest, samples: Samples) -> None:
             guest.run(f"mkswap {path} && swapon {path}")
 
 
-def measure(rounds: int, seconds: float) -> tuple[Samples, disk_model.DiskModel]:
-    """Boot, and do everything `rounds` times; fio once. The time of each way is at most `seconds`."""
+def measure(rounds: int, seconds: float) -> tuple[Samples, Samples, disk_model.DiskModel]:
+    """Do everything `rounds` times; fio once. The time of each way is at most `seconds`.
+
+    Returns what was measured in a guest with `CPUS` processors, and in one with a single one.
+    """
     samples: Samples = {}
-    with booted() as guest:
-        print(guest.model, flush=True)
-        started = time.monotonic()
-        guest.prepare()
-        print(f"prepared in {time.monotonic() - started:.0f} s", flush=True)
-        for number in range(rounds):
-            one_round(guest, samples, seconds, number)
-            print(f"round {number + 1} done, {time.monotonic() - started:.0f} s", flush=True)
-        fio_round(guest, samples)
-        return samples, guest.model
+    single: Samples = {}
+    started = time.monotonic()
+    for cpus, devices, taken in ((CPUS, DEVICES, samples), (1, SINGLE_DEVICES, single)):
+        with booted(cpus) as guest:
+            print(guest.model, flush=True)
+            guest.prepare()
+            for number in range(rounds):
+                one_round(guest, devices, taken, seconds, number)
+                print(f"{cpus} CPUs, round {number + 1} done, {time.monotonic() - started:.0f} s", flush=True)
+            if taken is samples:
+                fio_round(guest, samples)
+                model = guest.model
+    return samples, single, model

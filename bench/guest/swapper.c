@@ -5,8 +5,9 @@
 // Fills MIB of memory with pages that tell what they are and that compress to about half, then visits them in several
 // ways for at most SECONDS each. Each visit checks the page. Prints a JSON object for each way:
 //
-//   fill           writes pages, one after the other: the kernel swaps the first ones out; the rest is written untimed
-//   seq_in C       reads pages one after the other, with vm.page-cluster C; the first ones still push written pages out
+//   fill           writes pages, one after the other: the kernel swaps the first ones out; the rest is written untimed,
+//                  and all swapped out, so that what is only read afterwards need not be written again
+//   seq_in C       reads pages one after the other, with vm.page-cluster C
 //   rand_in C      reads random pages that are not in memory
 //   rand_in4 C     four threads do so
 //   rand_write C   rewrites random pages that are not in memory: each comes in, and another goes out
@@ -131,6 +132,17 @@ static int64_t swapped_out(void) {
     return (int64_t)counted("pswpout ") - (int64_t)counted("nr_writeback ");
 }
 
+// Without it, most pages in memory would never have been written, and each page that comes in would drive one out.
+static void swap_out_all(void) {
+    struct timespec pause = {.tv_nsec = 10000000};
+    if (madvise(memory, pages * PAGE, MADV_PAGEOUT)) {
+        perror("MADV_PAGEOUT");
+        exit(1);
+    }
+    while (counted("nr_writeback "))
+        nanosleep(&pause, NULL);
+}
+
 // Timed from when the kernel swaps in earnest, for FILL_LIMITS times the limit at most.
 static void fill_all(const char *gate) {
     int64_t before = swapped_out(), first = before;
@@ -148,6 +160,7 @@ static void fill_all(const char *gate) {
     wait_at(gate);
     for (; page < pages; page++)
         fill(page, 0);
+    swap_out_all();
     printf("{\"way\": \"filled\"}\n");
     fflush(stdout);
     wait_at(gate);
