@@ -37,6 +37,12 @@ def _parser() -> argparse.ArgumentParser:
     mount = commands.add_parser("mount", help="cache a directory in host memory")
     mount.add_argument("directory", metavar="DIR")
     mount.add_argument("--at", metavar="OTHER", help="mount there instead of over DIR itself")
+    mount.add_argument(
+        "--changes",
+        choices=("watch", "check", "none"),
+        help="how others' changes of DIR itself are met: told by the kernel (the default), asked for each "
+        "time, or there are none, which is fastest",
+    )
     umount = commands.add_parser("umount", help="end that")
     umount.add_argument("directory", metavar="DIR")
     umount.add_argument(
@@ -63,7 +69,8 @@ def _request(options: argparse.Namespace) -> dict[str, object]:
     match options.command, getattr(options, "action", None):
         case "mount", _:
             at = {"at": str(Path(options.at).absolute())} if options.at else {}
-            return {"command": "mount", "directory": str(Path(options.directory).absolute()), **at}
+            how = {"options": [f"--changes={options.changes}"]} if options.changes else {}
+            return {"command": "mount", "directory": str(Path(options.directory).absolute()), **at, **how}
         case "umount", _:
             directory = str(Path(options.directory).absolute())
             return {"command": "umount", "directory": directory, "lazy": options.lazy}

@@ -197,6 +197,16 @@ def test_a_mount_serves_files_and_the_host_hears_of_it(stack: Stack) -> None:
     assert checksum(stack.data / "file") == expected
 
 
+def test_a_mount_of_what_nobody_else_changes(stack: Stack) -> None:
+    expected = fill(stack.data / "file")
+    stack.start_agent()
+    assert stack.run("mount", str(stack.data), "--changes", "none").returncode == 0
+    counters = stack.mount()["counters"]
+    assert isinstance(counters, dict)
+    assert counters["changes"] == "none"
+    assert checksum(stack.data / "file") == expected
+
+
 def test_a_mount_elsewhere_and_from_the_configuration(stack: Stack) -> None:
     (stack.data / "lower").mkdir()
     (stack.data / "at").mkdir()

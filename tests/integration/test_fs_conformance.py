@@ -103,7 +103,7 @@ def _tool(name: str) -> Path:
     return Path(path)
 
 
-@pytest.fixture(params=["ext4", "ext4-check", "overlay"])
+@pytest.fixture(params=["ext4", "ext4-check", "ext4-none", "overlay"])
 def both(request: pytest.FixtureRequest, tmemd: Tmemd) -> Iterator[tuple[Path, FileCache]]:
     """A plain directory and a mount that shows its sibling, with tmem behind it."""
     kind, _, changes = request.param.partition("-")

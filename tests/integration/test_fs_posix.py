@@ -730,7 +730,7 @@ def syncing(d: Path) -> object:
         os.close(directory)
 
 
-@pytest.fixture(scope="module", params=["ext4", "tmpfs", "overlay", "ext4-check"])
+@pytest.fixture(scope="module", params=["ext4", "tmpfs", "overlay", "ext4-check", "ext4-none"])
 def both(request: pytest.FixtureRequest) -> Iterator[tuple[Path, FileCache]]:
     """A plain directory and a mount that shows its sibling."""
     kind, _, changes = request.param.partition("-")
@@ -748,8 +748,12 @@ def both(request: pytest.FixtureRequest) -> Iterator[tuple[Path, FileCache]]:
 
 
 @pytest.mark.parametrize("behaviour", _CASES, ids=lambda function: str(function.__name__))
-def test_the_mount_behaves_as_the_lower_directory(both: tuple[Path, FileCache], behaviour: Case) -> None:
+def test_the_mount_behaves_as_the_lower_directory(
+    request: pytest.FixtureRequest, both: tuple[Path, FileCache], behaviour: Case
+) -> None:
     plain, cache = both
+    if behaviour is inode_flags and "none" in request.node.name:
+        pytest.skip("files are not opened there: the first write is refused, see test_fs_openless")
     told = []
     for root in (plain, cache.mount):
         directory = root / behaviour.__name__

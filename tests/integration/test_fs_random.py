@@ -280,14 +280,15 @@ def lower(request: pytest.FixtureRequest) -> Iterator[Path]:
         yield stack.enter_context(lower_directory(request.param, directory))
 
 
-def run(tmemd: Tmemd, lower: Path, tmp_path: Path, steps: int, kill: bool) -> FileCache:
+def run(
+    tmemd: Tmemd, lower: Path, tmp_path: Path, steps: int, kill: bool, changes: str = "watch"
+) -> FileCache:
     seed = int(os.environ.get("TMEM_FS_SEED") or random.SystemRandom().randrange(1 << 32))
     # Room for a part of the files only, so that the host evicts all the time.
     with tmemd.admin() as admin:
         admin.change_vm("a", VmChange(quota_bytes=2 << 20))
-    with FileCache(
-        tmp_path, lower, "--get-timeout-ms", "200", endpoint=f"unix:{tmemd.vm_socket('a')}"
-    ) as cache:
+    options = ("--get-timeout-ms", "200", "--changes", changes)
+    with FileCache(tmp_path, lower, *options, endpoint=f"unix:{tmemd.vm_socket('a')}") as cache:
         cache.wait_for("connected", 1)
         model = tmp_path / "model"
         model.mkdir()
@@ -302,7 +303,7 @@ def run(tmemd: Tmemd, lower: Path, tmp_path: Path, steps: int, kill: bool) -> Fi
                     tmemd.restart(kill=True)
                 if step % 200 == 199:
                     pair.compare()
-                if step % 20 == 19:
+                if step % 20 == 19 and changes != "none":
                     pair.behind()
             pair.compare()
         except AssertionError as error:
@@ -349,6 +350,11 @@ def test_the_mount_tells_what_a_plain_directory_tells(
     tmemd: Tmemd, lower: Path, tmp_path: Path, kill: bool
 ) -> None:
     run(tmemd, lower, tmp_path, 2500, kill)
+
+
+def test_where_nobody_else_changes_files(tmemd: Tmemd, lower: Path, tmp_path: Path) -> None:
+    """Files are not opened there."""
+    run(tmemd, lower, tmp_path, 2500, kill=False, changes="none")
 
 
 def test_under_memory_pressure(tmemd: Tmemd, lower: Path, tmp_path: Path) -> None:

@@ -11,6 +11,9 @@ pub(crate) const KERNEL_VERSION: u32 = 7;
 pub(crate) const KERNEL_MINOR_VERSION: u32 = 39;
 /// The oldest minor version accepted: Linux 5.10, with `max_pages`, `RENAME2`, `LSEEK`, `COPY_FILE_RANGE`.
 pub(crate) const OLDEST_MINOR_VERSION: u32 = 32;
+/// The first minor version whose kernels tell of the end of a created file although they do not ask for files to be
+/// opened: Linux 6.12, or, with the same number, 6.11.
+pub(crate) const RELEASES_MINOR_VERSION: u32 = 41;
 /// The node id the kernel gives the root.
 pub(crate) const ROOT_ID: u64 = 1;
 
@@ -81,6 +84,7 @@ pub(crate) mod init {
     pub(crate) const DO_READDIRPLUS: u64 = 1 << 13;
     pub(crate) const READDIRPLUS_AUTO: u64 = 1 << 14;
     pub(crate) const ASYNC_DIO: u64 = 1 << 15;
+    pub(crate) const NO_OPEN_SUPPORT: u64 = 1 << 17;
     pub(crate) const PARALLEL_DIROPS: u64 = 1 << 18;
     pub(crate) const POSIX_ACL: u64 = 1 << 20;
     pub(crate) const MAX_PAGES: u64 = 1 << 22;

@@ -128,12 +128,12 @@ impl Tree {
     }
 
     fn set_size(&self, call: &Call, inode: &Inode, asked: &SetattrIn) -> Done {
-        let open = (asked.valid & fattr::FH != 0).then(|| self.handles.get(asked.fh)).transpose()?;
+        let open = (asked.valid & fattr::FH != 0).then(|| self.handle(inode.node, asked.fh)).transpose()?;
         let fresh;
         let fd = if let Some(open) = &open {
-            &open.fd
+            open.writing()?
         } else {
-            fresh = self.reopen(inode, OFlags::WRONLY | OFlags::NONBLOCK)?;
+            fresh = inode.reopen(OFlags::WRONLY | OFlags::NONBLOCK)?;
             &fresh
         };
         let truncate = || rustix::fs::ftruncate(fd, asked.size);

@@ -1,5 +1,7 @@
 //! What the kernel's page cache and tmem may hold of a file, and what a change does to that.
 
+use std::num::NonZeroU64;
+
 use rustix::fs::Statx;
 use rustix::io::Errno;
 
@@ -103,14 +105,14 @@ pub(crate) fn note_dropped(inode: &Inode, version: Version) {
     let mut content = inode.content.lock();
     if content.changes == 0 && content.dropping == Some(version) {
         content.cached = content.dropping.take();
-        content.pure_since = Some(monotonic_ns());
+        content.pure_since = NonZeroU64::new(monotonic_ns());
     }
 }
 
 /// The version that a page which was evicted at `time` is of, if that is sure.
 pub(crate) fn version_of_evicted(inode: &Inode, time: u64) -> Option<Version> {
     let content = inode.content.lock();
-    let pure = content.pure_since.is_some_and(|since| since < time);
+    let pure = content.pure_since.is_some_and(|since| since.get() < time);
     content.cached.filter(|_| pure && content.changes == 0)
 }
 

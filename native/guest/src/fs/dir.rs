@@ -90,7 +90,7 @@ impl Tree {
     pub(crate) fn opendir(&self, call: &mut Call) -> Done {
         let inode = self.target(call)?;
         let _: OpenIn = call.args.take()?;
-        let fd = self.reopen(&inode, OFlags::DIRECTORY | OFlags::RDONLY)?;
+        let fd = inode.reopen(OFlags::DIRECTORY | OFlags::RDONLY)?;
         // Without reports of changes, the kernel would keep a listing for as long as the directory's time is the
         // same to it.
         let (mut open_flags, mut dropped) = (0, None);
@@ -116,7 +116,7 @@ impl Tree {
 
     pub(crate) fn fsyncdir(&self, call: &mut Call) -> Done {
         let asked: FsyncIn = call.args.take()?;
-        rustix::fs::fsync(&self.handles.get(asked.fh)?.fd)
+        rustix::fs::fsync(self.handles.get(asked.fh)?.reading()?)
     }
 
     pub(crate) fn readdir(&self, call: &mut Call) -> Done {
@@ -166,9 +166,10 @@ impl Tree {
         }
         let size = asked.size as usize;
         let mut listing = handle.listing.lock();
-        listing.seek(&handle.fd, asked.offset)?;
+        let fd = handle.reading()?;
+        listing.seek(fd, asked.offset)?;
         loop {
-            let (dirent, bytes) = match listing.peek(&handle.fd) {
+            let (dirent, bytes) = match listing.peek(fd) {
                 Ok(Some((dirent, name, bytes))) => {
                     let room = size - call.out.len();
                     if !push(self, call.out, room, &dirent, name) {

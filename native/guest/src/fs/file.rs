@@ -34,10 +34,14 @@ impl Tree {
     }
 
     pub(crate) fn open(&self, call: &mut Call) -> Done {
+        if self.trust.openless {
+            // The kernel does not ask again.
+            return Err(Errno::NOSYS);
+        }
         let inode = self.target(call)?;
         let asked: OpenIn = call.args.take()?;
         // The kernel truncates by SETATTR, after its own checks.
-        let fd = self.reopen(&inode, lower_flags(asked.flags) - OFlags::TRUNC)?;
+        let fd = inode.reopen(lower_flags(asked.flags) - OFlags::TRUNC)?;
         let now = Version::of(&stat_fd(&fd)?);
         let keep = self.may_keep(&inode, &now);
         if self.is_told_old(&inode, &now) {
@@ -104,11 +108,20 @@ impl Tree {
     pub(crate) fn write(&self, call: &mut Call) -> Done {
         let asked: WriteIn = call.args.take()?;
         let data = call.args.bytes(asked.size as usize)?;
-        let handle = self.handles.get(asked.fh)?;
+        let handle = self.handle(call.header.nodeid, asked.fh)?;
         let append = OFlags::from_bits_retain(asked.flags).contains(OFlags::APPEND)
             && asked.write_flags & abi::WRITE_CACHE == 0;
+        let fresh;
+        let fd = match handle.writing() {
+            // A file that can only be appended to.
+            Err(Errno::PERM) if append => {
+                fresh = handle.inode.reopen(OFlags::WRONLY | OFlags::APPEND)?;
+                &fresh
+            }
+            other => other?,
+        };
         let flags = if append { ReadWriteFlags::APPEND } else { ReadWriteFlags::empty() };
-        let write = || rustix::io::pwritev2(&handle.fd, &[IoSlice::new(data)], asked.offset, flags);
+        let write = || rustix::io::pwritev2(fd, &[IoSlice::new(data)], asked.offset, flags);
         let size = self.change(&handle.inode, || {
             if asked.write_flags & abi::WRITE_KILL_SUIDGID != 0 {
                 call.rights.without_fsetid(write)
@@ -122,36 +135,38 @@ impl Tree {
 
     pub(crate) fn fsync(&self, call: &mut Call) -> Done {
         let asked: FsyncIn = call.args.take()?;
-        let handle = self.handles.get(asked.fh)?;
+        let handle = self.handle(call.header.nodeid, asked.fh)?;
+        let fd = handle.reading()?;
         if asked.fsync_flags & abi::FSYNC_FDATASYNC != 0 {
-            rustix::fs::fdatasync(&handle.fd)
+            rustix::fs::fdatasync(fd)
         } else {
-            rustix::fs::fsync(&handle.fd)
+            rustix::fs::fsync(fd)
         }
     }
 
     pub(crate) fn syncfs(&self, call: &mut Call) -> Done {
         let inode = self.target(call)?;
-        let fd = self.reopen(&inode, OFlags::RDONLY)?;
+        let fd = inode.reopen(OFlags::RDONLY)?;
         rustix::fs::syncfs(fd)
     }
 
     pub(crate) fn fallocate(&self, call: &mut Call) -> Done {
         let asked: FallocateIn = call.args.take()?;
-        let handle = self.handles.get(asked.fh)?;
+        let handle = self.handle(call.header.nodeid, asked.fh)?;
+        let fd = handle.writing()?;
         let mode = FallocateFlags::from_bits_retain(asked.mode);
-        self.change(&handle.inode, || rustix::fs::fallocate(&handle.fd, mode, asked.offset, asked.length))
+        self.change(&handle.inode, || rustix::fs::fallocate(fd, mode, asked.offset, asked.length))
     }
 
     pub(crate) fn lseek(&self, call: &mut Call) -> Done {
         let asked: LseekIn = call.args.take()?;
-        let handle = self.handles.get(asked.fh)?;
-        // The lower descriptor's own position is used by nobody else: reads and writes carry their offsets, and
-        // listings are serialised by their lock.
+        let handle = self.handle(call.header.nodeid, asked.fh)?;
+        let fd = handle.reading()?;
+        // Nobody relies on the lower descriptor's own position: reads and writes carry their offsets, the kernel asks
+        // for data and holes from an offset of its own, and listings are serialised by their lock.
         // SAFETY: lseek touches no memory.
-        let offset = unsafe {
-            libc::lseek(handle.fd.as_raw_fd(), asked.offset as libc::off_t, asked.whence as libc::c_int)
-        };
+        let offset =
+            unsafe { libc::lseek(fd.as_raw_fd(), asked.offset as libc::off_t, asked.whence as libc::c_int) };
         if offset < 0 {
             return Err(last_error());
         }
@@ -164,13 +179,14 @@ impl Tree {
         if asked.flags != 0 {
             return Err(Errno::INVAL);
         }
-        let from = self.handles.get(asked.fh_in)?;
-        let to = self.handles.get(asked.fh_out)?;
+        let from = self.handle(call.header.nodeid, asked.fh_in)?;
+        let to = self.handle(asked.nodeid_out, asked.fh_out)?;
+        let (reading, writing) = (from.reading()?, to.writing()?);
         let (mut off_in, mut off_out) = (asked.off_in, asked.off_out);
         // The answer has 32 bits; a page less than its range keeps the offsets aligned.
         let length = asked.len.min(u64::from(u32::MAX) & !0xfff) as usize;
         let size = self.change(&to.inode, || {
-            rustix::fs::copy_file_range(&from.fd, Some(&mut off_in), &to.fd, Some(&mut off_out), length)
+            rustix::fs::copy_file_range(reading, Some(&mut off_in), writing, Some(&mut off_out), length)
         })?;
         call.reply(&WriteOut { size: size as u32, padding: 0 });
         Ok(())

@@ -4,18 +4,29 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, RwLock};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::dir::Listing;
 use super::inode::Inode;
 use super::version::Version;
 
+/// How many files that are used without having been opened keep their descriptors.
+const STANDING: usize = 64;
+
+/// Descriptors of a lower file.
+enum Lower {
+    /// Opened as the caller asked (but never with `O_APPEND` or `O_DIRECT`).
+    Opened(OwnedFd),
+    /// Made when they are first wanted: the kernel does not tell who opens the file, and how.
+    Standing { reading: OnceLock<OwnedFd>, writing: OnceLock<OwnedFd> },
+}
+
 /// An open file or directory.
 pub(crate) struct Handle {
     /// What is open.
     pub(crate) inode: Arc<Inode>,
-    /// The lower descriptor, opened as the caller asked (but never with `O_APPEND` or `O_DIRECT`).
-    pub(crate) fd: OwnedFd,
+    lower: Lower,
     /// For regular files: a descriptor for reading past the lower page cache, made at the first read that wants it.
     /// `None` inside if the lower file system cannot.
     pub(crate) direct: OnceLock<Option<OwnedFd>>,
@@ -28,7 +39,46 @@ pub(crate) struct Handle {
 impl Handle {
     /// A handle on an open lower descriptor.
     pub(crate) fn new(inode: Arc<Inode>, fd: OwnedFd, dropped: Option<Version>) -> Handle {
-        Handle { inode, fd, direct: OnceLock::new(), dropped: Mutex::new(dropped), listing: Mutex::default() }
+        Handle::with(inode, Lower::Opened(fd), dropped)
+    }
+
+    fn standing(inode: Arc<Inode>) -> Handle {
+        let lower = Lower::Standing { reading: OnceLock::new(), writing: OnceLock::new() };
+        Handle::with(inode, lower, None)
+    }
+
+    fn with(inode: Arc<Inode>, lower: Lower, dropped: Option<Version>) -> Handle {
+        Handle {
+            inode,
+            lower,
+            direct: OnceLock::new(),
+            dropped: Mutex::new(dropped),
+            listing: Mutex::default(),
+        }
+    }
+
+    /// The lower descriptor, for reading if there is a choice.
+    pub(crate) fn reading(&self) -> Result<&OwnedFd, Errno> {
+        match &self.lower {
+            Lower::Opened(fd) => Ok(fd),
+            Lower::Standing { reading, .. } => self.get_or_open(reading, OFlags::RDONLY),
+        }
+    }
+
+    /// The lower descriptor, for writing if there is a choice.
+    pub(crate) fn writing(&self) -> Result<&OwnedFd, Errno> {
+        match &self.lower {
+            Lower::Opened(fd) => Ok(fd),
+            Lower::Standing { writing, .. } => self.get_or_open(writing, OFlags::WRONLY),
+        }
+    }
+
+    fn get_or_open<'h>(&self, place: &'h OnceLock<OwnedFd>, flags: OFlags) -> Result<&'h OwnedFd, Errno> {
+        if let Some(fd) = place.get() {
+            return Ok(fd);
+        }
+        let fd = self.inode.reopen(flags | OFlags::NONBLOCK)?;
+        Ok(place.get_or_init(|| fd))
     }
 }
 
@@ -38,38 +88,67 @@ struct Slots {
     free: Vec<u32>,
 }
 
-/// All open files and directories.
+/// All open files and directories. 0 is nobody's number: the kernel names files with it that it did not ask to open.
 #[derive(Default)]
-pub(crate) struct Handles(RwLock<Slots>);
+pub(crate) struct Handles {
+    slots: RwLock<Slots>,
+    /// Of files that were not opened; those used last come last.
+    standing: Mutex<Vec<Arc<Handle>>>,
+}
 
 impl Handles {
     /// Number a new handle.
     pub(crate) fn insert(&self, handle: Handle) -> u64 {
         let handle = Some(Arc::new(handle));
-        let mut slots = self.0.write();
+        let mut slots = self.slots.write();
         if let Some(slot) = slots.free.pop() {
             slots.handles[slot as usize] = handle;
-            slot.into()
+            u64::from(slot) + 1
         } else {
             slots.handles.push(handle);
-            slots.handles.len() as u64 - 1
+            slots.handles.len() as u64
         }
     }
 
     /// The handle of this number.
     pub(crate) fn get(&self, number: u64) -> Result<Arc<Handle>, Errno> {
-        let slots = self.0.read();
-        let slot = usize::try_from(number).map_err(|_| Errno::BADF)?;
+        let slots = self.slots.read();
+        let slot = usize::try_from(number.wrapping_sub(1)).map_err(|_| Errno::BADF)?;
         slots.handles.get(slot).and_then(Clone::clone).ok_or(Errno::BADF)
+    }
+
+    /// A handle for a file that was not opened.
+    pub(crate) fn standing(&self, inode: &Arc<Inode>) -> Arc<Handle> {
+        let mut standing = self.standing.lock();
+        // Node ids are used again: only the inode itself tells which file it is.
+        let found = standing.iter().rposition(|handle| Arc::ptr_eq(&handle.inode, inode));
+        let handle = match found {
+            Some(at) => standing.remove(at),
+            None => Arc::new(Handle::standing(inode.clone())),
+        };
+        let oldest = (standing.len() == STANDING).then(|| standing.remove(0));
+        standing.push(handle.clone());
+        drop(standing);
+        drop(oldest);
+        handle
+    }
+
+    /// The kernel forgot the file: nothing of it stays open.
+    pub(crate) fn forget(&self, inode: &Arc<Inode>) {
+        let mut standing = self.standing.lock();
+        let found = standing.iter().rposition(|handle| Arc::ptr_eq(&handle.inode, inode));
+        let handle = found.map(|at| standing.remove(at));
+        drop(standing);
+        drop(handle);
     }
 
     /// The kernel closed it.
     pub(crate) fn remove(&self, number: u64) -> Option<Arc<Handle>> {
-        let slot = usize::try_from(number).ok()?;
-        let mut slots = self.0.write();
+        let slot = usize::try_from(number.checked_sub(1)?).ok()?;
+        let mut slots = self.slots.write();
         let handle = slots.handles.get_mut(slot)?.take();
         if handle.is_some() {
-            slots.free.push(number as u32);
+            slots.free.push(slot as u32);
         }
         handle
     }

@@ -6,12 +6,13 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
-use rustix::fs::Statx;
+use rustix::fs::{Mode, OFlags, Statx};
 use rustix::io::Errno;
 
 use super::abi::ROOT_ID;
@@ -50,7 +51,7 @@ pub(crate) struct Content {
     pub(crate) object: Option<tmem_wire::ObjectId>,
     /// Since when, in nanoseconds of the monotonic clock, all that the kernel's page cache got of the file came from
     /// reads of the version `cached`; `None` if not all did. Only kept where evicted pages are put.
-    pub(crate) pure_since: Option<u64>,
+    pub(crate) pure_since: Option<NonZeroU64>,
     /// Changes through the mount that are under way.
     pub(crate) changes: u32,
 }
@@ -76,6 +77,12 @@ impl Inode {
     /// The path by which the kernel re-opens `fd`, whatever the file's name is by now.
     pub(crate) fn path(&self) -> FdPath {
         FdPath::new(&self.fd)
+    }
+
+    /// Open it anew. The flags are the caller's, less what is this program's business.
+    pub(crate) fn reopen(&self, flags: OFlags) -> Result<OwnedFd, Errno> {
+        let flags = (flags | OFlags::CLOEXEC) & !(OFlags::NOFOLLOW | OFlags::CREATE | OFlags::EXCL);
+        rustix::fs::open(self.path().as_c_str(), flags, Mode::empty())
     }
 }
 

@@ -29,7 +29,7 @@ impl Tree {
         let argument = zerocopy::IntoBytes::as_mut_bytes(&mut argument);
         let given = (asked.in_size as usize).min(bytes);
         argument[..given].copy_from_slice(call.args.bytes(given)?);
-        let fd = self.reopen(&inode, OFlags::RDONLY | OFlags::NONBLOCK)?;
+        let fd = inode.reopen(OFlags::RDONLY | OFlags::NONBLOCK)?;
         self.change(&inode, || {
             // SAFETY: the four commands read or write at most ARGUMENT_BYTES at the pointer, and the buffer has them.
             let done =

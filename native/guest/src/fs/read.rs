@@ -26,19 +26,20 @@ const GAPS: usize = 3;
 impl Tree {
     pub(crate) fn read(&self, call: &mut Call) -> Done {
         let asked: ReadIn = call.args.take()?;
-        let handle = self.handles.get(asked.fh)?;
+        let handle = self.handle(call.header.nodeid, asked.fh)?;
         if let Some(version) = handle.dropped.lock().take() {
             note_dropped(&handle.inode, version);
         }
         let size = (asked.size as usize).min(MAX_READ);
         let mut buffer = self.buffers.take(size, |kind| self.cache.steal(kind));
-        let stat = rustix::fs::statx(&handle.fd, c"", AtFlags::EMPTY_PATH, STAT | StatxFlags::DIOALIGN)?;
+        let stat =
+            rustix::fs::statx(&handle.inode.fd, c"", AtFlags::EMPTY_PATH, STAT | StatxFlags::DIOALIGN)?;
         let version = Version::of(&stat);
         let whole = (asked.offset % PAGE_BYTES as u64) as usize == 0 && size % PAGE_BYTES == 0;
-        let direct = if whole && self.is_settled(&version) { self.direct(&handle, &stat) } else { None };
+        let direct = if whole && self.is_settled(&version) { direct(&handle, &stat) } else { None };
         let Some(direct) = direct else {
             self.note_mixed(&handle.inode);
-            let length = read_at(&handle.fd, &mut buffer.bytes_mut()[..size], asked.offset)?;
+            let length = read_at(handle.reading()?, &mut buffer.bytes_mut()[..size], asked.offset)?;
             count(&self.cache.counters.bypass_pages, length.div_ceil(PAGE_BYTES));
             call.send(&buffer.bytes()[..length]);
             return Ok(());
@@ -57,7 +58,7 @@ impl Tree {
         let bytes = &mut buffer.bytes_mut()[..pages * PAGE_BYTES];
         let got = fill_gaps(direct, bytes, asked.offset, &had)?.min(length);
         let leave = self.leaves_to_evict(&handle.inode, &version);
-        if self.victims && (!leave || Version::of(&stat_fd(&handle.fd)?) != version) {
+        if self.victims && (!leave || Version::of(&stat_fd(&handle.inode.fd)?) != version) {
             // Before the answer: once the kernel has the page it may evict it.
             self.note_mixed(&handle.inode);
         }
@@ -72,7 +73,7 @@ impl Tree {
         let Some(first) = first.filter(|_| wanted) else {
             return Ok(());
         };
-        if Version::of(&stat_fd(&handle.fd)?) != version {
+        if Version::of(&stat_fd(&handle.inode.fd)?) != version {
             return Ok(());
         }
         let old = handle.inode.content.lock().object.replace(object);
@@ -89,21 +90,21 @@ impl Tree {
     fn is_settled(&self, version: &Version) -> bool {
         self.fine_clock || version.settled()
     }
+}
 
-    /// The descriptor for direct reads, if the lower file system has such a thing for this file.
-    fn direct<'h>(&self, handle: &'h Handle, stat: &Statx) -> Option<&'h OwnedFd> {
-        let able = |align: u32| align > 0 && align as usize <= PAGE_BYTES;
-        let open = || {
-            if stat.stx_mask & StatxFlags::DIOALIGN.bits() == 0
-                || !able(stat.stx_dio_mem_align)
-                || !able(stat.stx_dio_offset_align)
-            {
-                return None;
-            }
-            self.reopen(&handle.inode, OFlags::RDONLY | OFlags::DIRECT).ok()
-        };
-        handle.direct.get_or_init(open).as_ref()
-    }
+/// The descriptor for direct reads, if the lower file system has such a thing for this file.
+fn direct<'h>(handle: &'h Handle, stat: &Statx) -> Option<&'h OwnedFd> {
+    let able = |align: u32| align > 0 && align as usize <= PAGE_BYTES;
+    let open = || {
+        if stat.stx_mask & StatxFlags::DIOALIGN.bits() == 0
+            || !able(stat.stx_dio_mem_align)
+            || !able(stat.stx_dio_offset_align)
+        {
+            return None;
+        }
+        handle.inode.reopen(OFlags::RDONLY | OFlags::DIRECT).ok()
+    };
+    handle.direct.get_or_init(open).as_ref()
 }
 
 /// Read until the buffer is full or the file ends.

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use tmem_wire::{PoolCreate, PoolKind, Role};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::abi::{init, ROOT_ID};
+use super::abi::{init, RELEASES_MINOR_VERSION, ROOT_ID};
 use super::buffer::Buffers;
 use super::cache::{Cache, Host};
 use super::counters::Counters;
@@ -113,7 +113,9 @@ fn serve(args: &Args) -> Result<(), FsError> {
     let (lifetime, wanted) = match changes {
         Changes::Watch => (WATCHED, WANTED | init::EXPLICIT_INVAL_DATA | init::CACHE_SYMLINKS),
         Changes::Check => (Duration::ZERO, WANTED | init::AUTO_INVAL_DATA),
-        Changes::None => (FOREVER, WANTED | init::EXPLICIT_INVAL_DATA | init::CACHE_SYMLINKS),
+        Changes::None => {
+            (FOREVER, WANTED | init::EXPLICIT_INVAL_DATA | init::CACHE_SYMLINKS | init::NO_OPEN_SUPPORT)
+        }
     };
     let device = Device::mount(&mount, &lower_path, restrictions).map_err(|errno| match errno {
         Errno::NOENT | Errno::NODEV | Errno::PERM | Errno::ACCESS => FsError::Fuse(errno),
@@ -133,7 +135,14 @@ fn serve(args: &Args) -> Result<(), FsError> {
     let tree = Arc::new(Tree {
         inodes,
         handles: Handles::default(),
-        trust: Trust { lifetime, versions: fine_clock || changes != Changes::Check },
+        trust: Trust {
+            lifetime,
+            versions: fine_clock || changes != Changes::Check,
+            // Who catches evicted pages learns from opens what the page cache holds.
+            openless: agreed.flags & init::NO_OPEN_SUPPORT != 0
+                && agreed.minor >= RELEASES_MINOR_VERSION
+                && victims.is_none(),
+        },
         cache: cache.clone(),
         cacheable: cache.host.is_some(),
         victims: victims.is_some(),

@@ -1,7 +1,7 @@
 //! The file system: what is mounted, and the operations on names.
 
 use std::ffi::CStr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ use super::cache::Cache;
 use super::caller::{Caller, Rights};
 use super::content::note_told;
 use super::device::Device;
-use super::handle::Handles;
+use super::handle::{Handle, Handles};
 use super::inode::{Identity, Inode, Inodes};
 
 /// How changes made behind the mount, in the lower directory itself, are met.
@@ -30,6 +30,8 @@ pub(crate) struct Trust {
     /// Whether every change made behind the mount is sure to show in a file's version: change times are fine
     /// enough, or the changes are reported, or there are none.
     pub(crate) versions: bool,
+    /// Whether the kernel need not ask for regular files to be opened.
+    pub(crate) openless: bool,
 }
 
 /// A mounted directory.
@@ -107,6 +109,15 @@ impl Tree {
         self.inodes.get(call.header.nodeid)
     }
 
+    /// What the kernel names by a node and the number of an open file, 0 if it did not ask to open it.
+    pub(crate) fn handle(&self, node: u64, number: u64) -> Result<Arc<Handle>, Errno> {
+        if number == 0 && self.trust.openless {
+            Ok(self.handles.standing(&self.inodes.get(node)?))
+        } else {
+            self.handles.get(number)
+        }
+    }
+
     /// Find a name in a directory and take a reference for the kernel.
     pub(crate) fn enter(&self, parent: &Inode, name: &CStr) -> Result<(Arc<Inode>, Statx), Errno> {
         let stat = rustix::fs::statx(&parent.fd, name, AtFlags::SYMLINK_NOFOLLOW, STAT)?;
@@ -177,6 +188,7 @@ impl Tree {
     /// The kernel gives references back. When a removed file goes for good, so do its pages.
     pub(crate) fn drop_references(&self, node: u64, count: u64) {
         if let Some(inode) = self.inodes.forget(node, count) {
+            self.handles.forget(&inode);
             let object = inode.content.lock().object.take();
             if let Some(object) = object {
                 if stat_fd(&inode.fd).is_ok_and(|stat| stat.stx_nlink == 0) {
@@ -268,13 +280,6 @@ impl Tree {
         let inode = self.inodes.get(asked.oldnodeid)?;
         self.change(&inode, || rustix::fs::linkat(&inode.fd, c"", &parent.fd, name, AtFlags::EMPTY_PATH))?;
         self.reply_entry(call, &parent, name)
-    }
-
-    /// Open a known inode anew. The flags are the caller's, less what is this program's business.
-    pub(crate) fn reopen(&self, inode: &Inode, flags: OFlags) -> Result<OwnedFd, Errno> {
-        let _ = self;
-        let flags = (flags | OFlags::CLOEXEC) & !(OFlags::NOFOLLOW | OFlags::CREATE | OFlags::EXCL);
-        rustix::fs::open(inode.path().as_c_str(), flags, Mode::empty())
     }
 }
 

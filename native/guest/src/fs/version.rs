@@ -4,6 +4,7 @@
 //! never found, whoever changed the file and wherever this program was meanwhile. docs/file-cache.md gives the
 //! argument; in short, a version may be cached only if no later change can leave its change time as it is.
 
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use rustix::fs::{Statx, StatxTimestamp};
@@ -18,20 +19,42 @@ pub(crate) const SETTLE: Duration = Duration::from_millis(25);
 /// What the content of a file depends on: its change time, modification time and size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Version {
-    ctime: (i64, u32),
-    mtime: (i64, u32),
+    ctime: Time,
+    mtime: Time,
     /// Bytes in the file.
     pub(crate) size: u64,
 }
 
-fn time(stamp: &StatxTimestamp) -> (i64, u32) {
-    (stamp.tv_sec, stamp.tv_nsec)
+/// A point in time. There are several for each file that the kernel knows, so they are kept small: without gaps, and
+/// with a value that is none, which `Option` needs no more space for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C, packed(4))]
+struct Time {
+    seconds: i64,
+    /// And one more.
+    nanoseconds: NonZeroU32,
 }
+
+impl Time {
+    fn of(stamp: &StatxTimestamp) -> Time {
+        Time { seconds: stamp.tv_sec, nanoseconds: NonZeroU32::MIN.saturating_add(stamp.tv_nsec) }
+    }
+
+    fn seconds(self) -> i64 {
+        self.seconds
+    }
+
+    fn nanoseconds(self) -> u32 {
+        self.nanoseconds.get() - 1
+    }
+}
+
+const _: () = assert!(size_of::<Option<Version>>() == 32);
 
 impl Version {
     /// The version a `statx` with size and times tells.
     pub(crate) fn of(stat: &Statx) -> Version {
-        Version { ctime: time(&stat.stx_ctime), mtime: time(&stat.stx_mtime), size: stat.stx_size }
+        Version { ctime: Time::of(&stat.stx_ctime), mtime: Time::of(&stat.stx_mtime), size: stat.stx_size }
     }
 
     /// Whether every change from now on is bound to give the file another change time. The clock is the one the
@@ -39,7 +62,7 @@ impl Version {
     pub(crate) fn settled(&self) -> bool {
         let now = clock_gettime(ClockId::RealtimeCoarse);
         let now = i128::from(now.tv_sec) * 1_000_000_000 + i128::from(now.tv_nsec);
-        let changed = i128::from(self.ctime.0) * 1_000_000_000 + i128::from(self.ctime.1);
+        let changed = i128::from(self.ctime.seconds()) * 1_000_000_000 + i128::from(self.ctime.nanoseconds());
         now - changed > i128::from(SETTLE.as_millis() as u32) * 1_000_000
     }
 }
@@ -50,7 +73,7 @@ impl Version {
 pub(crate) struct ObjectName {
     device: u64,
     inode: u64,
-    birth: (i64, u32),
+    birth: Time,
 }
 
 impl ObjectName {
@@ -59,7 +82,7 @@ impl ObjectName {
         ObjectName {
             device: (u64::from(stat.stx_dev_major) << 32) | u64::from(stat.stx_dev_minor),
             inode: stat.stx_ino,
-            birth: time(&stat.stx_btime),
+            birth: Time::of(&stat.stx_btime),
         }
     }
 
@@ -68,12 +91,12 @@ impl ObjectName {
         let words = [
             self.device,
             self.inode,
-            self.birth.0 as u64,
-            u64::from(self.birth.1),
-            version.ctime.0 as u64,
-            u64::from(version.ctime.1),
-            version.mtime.0 as u64,
-            u64::from(version.mtime.1),
+            self.birth.seconds() as u64,
+            self.birth.nanoseconds().into(),
+            version.ctime.seconds() as u64,
+            version.ctime.nanoseconds().into(),
+            version.mtime.seconds() as u64,
+            version.mtime.nanoseconds().into(),
             version.size,
         ];
         let mut bytes = [0; 72];
