@@ -3,10 +3,11 @@
 Natively on this machine, in one run, in interleaved rounds: every contender does a job before the next job
 begins, and medians are compared. passthrough_hp runs as it comes, with its writeback cache and with names and
 attributes that it never asks about again: it assumes that nobody else changes the directory, which ours does
-not.
+not, but for `alone`: ours with `--changes none`, where opens are at issue.
 
-Then the headline, in VMs (`fs_vm`). With `native` or `vm` as argument only that part is measured, and takes
-the place of that part's figures in `build/bench/fs.json`.
+Then, in VMs, how much guest and host hold together (`fs_effective`), and the headline (`fs_vm`). With
+`native`, `effective` or `vm` as argument only that part is measured, and takes the place of that part's
+figures in `build/bench/fs.json`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fs_servers import Contenders, drop_caches
 from record import DIRECTORY, Record, machine, publish, record
 
 mpl.use("Agg")
+import fs_effective
 import fs_vm
 from matplotlib import pyplot
 
@@ -86,10 +88,38 @@ RECORDS = [
     ("native_compile_vs_lower", "s", "compile", "lower", "compile", "lower", 1.05),
     ("native_compile_vs_passthrough_hp", "s", "compile", "passthrough_hp", "compile", "lower", None),
 ]
+# With `--changes none`.
+RECORDS_ALONE = [
+    ("native_alone_create_vs_passthrough_hp", "files/s", "create", "passthrough_hp", "create", "higher", 1.0),
+    ("native_alone_tar_vs_passthrough_hp", "s", "tar", "passthrough_hp", "tar", "lower", 1.0),
+    (
+        "native_alone_walk_cold_vs_passthrough_hp",
+        "s",
+        "walk_cold",
+        "passthrough_hp",
+        "walk_cold",
+        "lower",
+        1.0,
+    ),
+    (
+        "native_alone_walk_warm_vs_passthrough_hp",
+        "s",
+        "walk_warm",
+        "passthrough_hp",
+        "walk_warm",
+        "lower",
+        1.0,
+    ),
+    ("native_alone_compile_vs_lower", "s", "compile", "lower", "compile", "lower", 1.05),
+    ("native_alone_compile_vs_passthrough_hp", "s", "compile", "passthrough_hp", "compile", "lower", None),
+]
 
 
-PEERS = ("lower", "passthrough_hp", "ours")
-"""Contenders of jobs that take long."""
+PARTS = ["native", "effective", "vm"]
+PEERS = ("lower", "passthrough_hp", "ours", "alone")
+"""Contenders of jobs that take long; `alone` is ours with `--changes none`."""
+READERS = ("lower", "bindfs", "passthrough_hp", "ours")
+"""Contenders of reads, which are the same for both of ours."""
 
 
 def one_round(contenders: Contenders, tarball: Path, samples: Samples, number: int) -> None:
@@ -103,7 +133,7 @@ def one_round(contenders: Contenders, tarball: Path, samples: Samples, number: i
         print(f"  {job:16} {name:15} {value:12.1f}", flush=True)
 
     for job, run in (("randread", jobs.random_read), ("seqread", jobs.sequential_read)):
-        for name in names:
+        for name in (name for name in names if name in READERS):
             contenders.forget_tmem()
             drop_caches()
             note(f"{job}_cold", name, run(roots[name]))
@@ -140,8 +170,9 @@ def results(samples: Samples, resident_mib: float) -> list[Record]:
         return statistics.median(samples[job, name])
 
     records = []
-    for name, unit, our_job, peer, peer_job, better, goal in RECORDS:
-        ours, theirs = middle(our_job, "ours"), middle(peer_job, peer)
+    wanted = [("ours", row) for row in RECORDS] + [("alone", row) for row in RECORDS_ALONE]
+    for who, (name, unit, our_job, peer, peer_job, better, goal) in wanted:
+        ours, theirs = middle(our_job, who), middle(peer_job, peer)
         records.append(
             record(
                 name,
@@ -151,7 +182,7 @@ def results(samples: Samples, resident_mib: float) -> list[Record]:
                 peer_value=theirs,
                 better="lower" if better == "lower" else "higher",
                 goal=goal,
-                samples=len(samples[our_job, "ours"]),
+                samples=len(samples[our_job, who]),
             )
         )
     records.append(record("daemon_rss_mib", "MiB", resident_mib, better="lower", goal=12.0))
@@ -202,7 +233,7 @@ def earlier(path: Path) -> list[Record]:
 def main() -> None:
     """Measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=["native", "vm"], default=["native", "vm"])
+    parser.add_argument("parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=3, help="of the native part")
     parser.add_argument("--vm-rounds", type=int, default=1)
     parser.add_argument("--way", action="append", choices=fs_vm.WAYS, help="only this way in a VM")
@@ -215,14 +246,17 @@ def main() -> None:
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     before = earlier(DIRECTORY / "fs.json")
     native = [each for each in before if each.name.startswith(("native_", "daemon_"))]
-    headline = [each for each in before if each not in native]
+    effective = [each for each in before if each.name.startswith("effective_")]
+    headline = [each for each in before if each not in native and each not in effective]
     if "native" in options.parts:
         native = measure_native(options.rounds, options.option)
     if "vm" in options.parts:
         ways = options.way or fs_vm.WAYS
         measured = fs_vm.measure(options.vm_rounds, ways, unthrottled=not options.cloud_disk_only)
         headline = fs_vm.records(*measured)
-    records = [*native, *headline]
+    if "effective" in options.parts:
+        effective = fs_effective.records(fs_effective.measure())
+    records = [*native, *effective, *headline]
     print(publish("fs", records))
     draw(records, DIRECTORY / "fs.svg")
 

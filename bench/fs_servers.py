@@ -104,6 +104,13 @@ class Contenders:
         self.ours = FileCache(self.directory / "ours", self.lower, *self._options, endpoint=endpoint)
         self._stack.enter_context(self.ours)
         self.ours.wait_for("connected", 1)
+        # Like passthrough_hp, it assumes that nobody else changes the directory.
+        (self.directory / "alone").mkdir()
+        alone = FileCache(
+            self.directory / "alone", self.lower, *self._options, "--changes=none", endpoint=endpoint
+        )
+        self._stack.enter_context(alone)
+        alone.wait_for("connected", 1)
         points = {name: self.directory / name for name in ("bindfs", "passthrough_hp")}
         bindfs: list[str | Path] = ["bindfs", "-f", "-o", "allow_other", self.lower, points["bindfs"]]
         hp: list[str | Path] = [passthrough_hp(), "--foreground", self.lower, points["passthrough_hp"]]
@@ -112,6 +119,7 @@ class Contenders:
             "bindfs": self._stack.enter_context(mounted(bindfs, points["bindfs"])),
             "passthrough_hp": self._stack.enter_context(mounted(hp, points["passthrough_hp"])),
             "ours": self.ours.mount,
+            "alone": alone.mount,
         }
         return self
 
