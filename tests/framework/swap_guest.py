@@ -157,14 +157,7 @@ class SwapGuest:
 
         With `memory_mib` they have so much together, and nothing else in the guest is swapped out for them.
         """
-        enter = ""
-        if memory_mib is not None:
-            self.run(
-                f"mountpoint -q {_CGROUPS} || mount -t cgroup2 none {_CGROUPS}; "
-                f"echo +memory > {_CGROUPS}/cgroup.subtree_control; mkdir -p {_CGROUPS}/verify; "
-                f"echo {memory_mib}M > {_CGROUPS}/verify/memory.max"
-            )
-            enter = f"echo 0 > {_CGROUPS}/verify/cgroup.procs; "
+        enter = "" if memory_mib is None else self.limited("verify", memory_mib)
         self.run(f"rm -f {_STOP} /run/verify.*")
         self._verifiers = processes
         for number in range(processes):
@@ -177,6 +170,15 @@ class SwapGuest:
             lambda: self.run("cat /run/verify.*.log 2>/dev/null || true").count("filled") == processes,
             "memory is filled",
         )
+
+    def limited(self, group: str, memory_mib: int) -> str:
+        """What a shell says to have, together with others that say it, so much memory."""
+        self.run(
+            f"mountpoint -q {_CGROUPS} || mount -t cgroup2 none {_CGROUPS}; "
+            f"echo +memory > {_CGROUPS}/cgroup.subtree_control; mkdir -p {_CGROUPS}/{group}; "
+            f"echo {memory_mib}M > {_CGROUPS}/{group}/memory.max"
+        )
+        return f"echo 0 > {_CGROUPS}/{group}/cgroup.procs; "
 
     def assert_verifying(self) -> None:
         """None of the programs has found anything wrong, or ended otherwise."""

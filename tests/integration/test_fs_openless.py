@@ -98,7 +98,7 @@ def test_many_files_are_used_at_once(cache: FileCache) -> None:
     try:
         for number, fd in enumerate(opened):
             os.pwrite(fd, b"changed", PAGE_BYTES + number)
-        os.unlink(cache.mount / "3")
+        (cache.mount / "3").unlink()
         for number, fd in enumerate(opened):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             expected = bytearray(content_of(number))
@@ -109,7 +109,7 @@ def test_many_files_are_used_at_once(cache: FileCache) -> None:
     finally:
         for fd in opened:
             os.close(fd)
-    sizes = {name: (cache.lower / name).stat().st_size for name in os.listdir(cache.lower)}
+    sizes = {path.name: path.stat().st_size for path in cache.lower.iterdir()}
     assert sizes == {f"{number}": number for number in range(FILES) if number != 3}
 
 
@@ -117,7 +117,7 @@ def test_nothing_of_a_removed_file_stays_open(cache: FileCache) -> None:
     fd = os.open(cache.mount / "5", os.O_RDWR)
     os.pwrite(fd, b"x", 0)
     assert os.pread(fd, 1, 0) == b"x"
-    os.unlink(cache.mount / "5")
+    (cache.mount / "5").unlink()
     assert any("(deleted)" in name for name in descriptors(cache))
     os.close(fd)
     assert within(5, lambda: not any("(deleted)" in name for name in descriptors(cache)))
@@ -130,7 +130,7 @@ def test_a_created_file_is_closed(cache: FileCache) -> None:
         os.write(fd, b"created")
         assert os.pread(fd, 20, 0) == b"created"
         os.close(fd)
-        os.unlink(cache.mount / "new")
+        (cache.mount / "new").unlink()
     assert within(5, lambda: len(descriptors(cache)) <= before + 4), descriptors(cache)
 
 

@@ -281,7 +281,7 @@ def lower(request: pytest.FixtureRequest) -> Iterator[Path]:
 
 
 def run(
-    tmemd: Tmemd, lower: Path, tmp_path: Path, steps: int, kill: bool, changes: str = "watch"
+    tmemd: Tmemd, lower: Path, tmp_path: Path, steps: int, *, kill: bool, changes: str = "watch"
 ) -> FileCache:
     seed = int(os.environ.get("TMEM_FS_SEED") or random.SystemRandom().randrange(1 << 32))
     # Room for a part of the files only, so that the host evicts all the time.
@@ -349,7 +349,7 @@ def short_of_memory(limit_bytes: int) -> Iterator[None]:
 def test_the_mount_tells_what_a_plain_directory_tells(
     tmemd: Tmemd, lower: Path, tmp_path: Path, kill: bool
 ) -> None:
-    run(tmemd, lower, tmp_path, 2500, kill)
+    run(tmemd, lower, tmp_path, 2500, kill=kill)
 
 
 def test_where_nobody_else_changes_files(tmemd: Tmemd, lower: Path, tmp_path: Path) -> None:
