@@ -21,6 +21,8 @@ use crate::scheduling;
 const BUDGET: usize = 256;
 /// How long the guest may wait for the memory of packets it sent.
 const HOLD: Duration = Duration::from_millis(1);
+/// How long after packets moved the driver's wishes are looked at once more (see [`Ring::wants_late_call`]).
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
 /// The event that tells a driver to reset all its streams.
 const TRANSPORT_RESET: u32 = 0;
 
@@ -46,6 +48,8 @@ pub struct Device {
     segments: Segments,
     /// When chains the guest's ring holds back are to be released.
     held_until: Option<Instant>,
+    /// When to look again whether the driver wants to be interrupted.
+    look_again: Option<Instant>,
     counters: Arc<Counters>,
 }
 
@@ -61,6 +65,7 @@ impl Device {
             streams,
             segments: Segments::default(),
             held_until: None,
+            look_again: None,
             counters,
         }
     }
@@ -129,7 +134,7 @@ impl Device {
 
     /// When [`Device::serve`] is to be called even if nothing happens.
     pub fn deadline(&self) -> Option<Instant> {
-        self.held_until
+        [self.held_until, self.look_again].into_iter().flatten().min()
     }
 
     fn stop(&mut self, index: usize) {
@@ -239,7 +244,25 @@ impl Device {
         if received > 0 {
             self.call(FROM_GUEST);
         }
+        if received + sent > 0 {
+            self.look_again = Some(now + LOOK_AGAIN);
+        } else if self.look_again.is_some_and(|at| at <= now) {
+            self.look_again = None;
+            self.call_late(&memory);
+        }
         received + sent > 0
+    }
+
+    /// Interrupt the guest where its wish for that came to light late.
+    fn call_late(&mut self, memory: &GuestMemoryMmap) {
+        for index in [TO_GUEST, FROM_GUEST] {
+            let Slot::Running(ring, _) = &mut self.rings[index] else { continue };
+            match ring.wants_late_call(memory) {
+                Ok(true) => self.force_call(index),
+                Ok(false) => {}
+                Err(error) => self.give_up(index, &error),
+            }
+        }
     }
 
     fn serve_from_guest(&mut self, memory: &GuestMemoryMmap, opener: &mut dyn Opener, now: Instant) -> usize {

@@ -11,6 +11,9 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 pub const MAX_RING: u16 = 1024;
 /// Chains held back at most, and at most a quarter of the ring.
 const HELD_MOST: u16 = 16;
+/// Bytes of the avail ring before its entries, and of each; the driver's wish for an interrupt follows them.
+const AVAIL_HEADER_BYTES: u64 = 4;
+const AVAIL_ENTRY_BYTES: u64 = 2;
 /// Avail-ring flag of a driver that negotiated no event index: do not interrupt.
 const NO_INTERRUPT: u16 = 1;
 
@@ -28,6 +31,8 @@ pub struct Ring {
     queue: Queue,
     /// Used entries added since the driver was last considered for an interrupt.
     added: bool,
+    /// The used index when the driver was last interrupted.
+    called_at: Wrapping<u16>,
     /// Chains that are done with but not handed back yet, oldest first.
     held: Vec<u16>,
     held_most: usize,
@@ -65,7 +70,8 @@ impl Ring {
         let used = queue.used_idx(memory, Ordering::Acquire).map_err(broken)?;
         queue.set_next_used(used.0);
         let held_most = HELD_MOST.min(layout.size / 4).max(1).into();
-        Ok(Ring { queue, added: false, held: Vec::with_capacity(held_most), held_most })
+        let held = Vec::with_capacity(held_most);
+        Ok(Ring { queue, added: false, called_at: used, held, held_most })
     }
 
     /// The avail index to resume from when the state of the process that served this ring is lost: all chains before
@@ -145,7 +151,33 @@ impl Ring {
                 memory.load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed).map_err(broken)?;
             return Ok(u16::from_le(flags) & NO_INTERRUPT == 0);
         }
-        self.queue.needs_notification(memory).map_err(broken)
+        let wanted = self.queue.needs_notification(memory).map_err(broken)?;
+        if wanted {
+            self.called_at = Wrapping(self.queue.next_used());
+        }
+        Ok(wanted)
+    }
+
+    /// Whether the driver wants an interrupt for an entry that it was not interrupted for, because its wish came to light
+    /// late. A driver says what it wants, then looks whether that is there already, with a barrier in between; a device
+    /// does the reverse; so one of the two always sees the other. But QEMU before 8.1 leaves out the barriers of a guest
+    /// whose only processor it emulates, and then the guest waits for ever.
+    pub fn wants_late_call(&mut self, memory: &GuestMemoryMmap) -> Result<bool, RingError> {
+        if !self.queue.event_idx_enabled() {
+            return Ok(false);
+        }
+        let used = Wrapping(self.queue.next_used());
+        let address = self
+            .queue
+            .avail_ring()
+            .checked_add(AVAIL_HEADER_BYTES + u64::from(self.queue.size()) * AVAIL_ENTRY_BYTES)
+            .ok_or_else(|| RingError("address overflow".into()))?;
+        let event: u16 = memory.load(GuestAddress(address), Ordering::Acquire).map_err(broken)?;
+        let late = used - Wrapping(u16::from_le(event)) - Wrapping(1) < used - self.called_at;
+        if late {
+            self.called_at = used;
+        }
+        Ok(late)
     }
 
     /// Ask the driver to kick; true if something became available meanwhile, so that waiting would be wrong.

@@ -108,6 +108,12 @@ impl DriverRing {
         Some((self.chains[head as usize].clone(), length))
     }
 
+    /// Ask for an interrupt once the entry `at` was used.
+    pub fn want_interrupt(&self, memory: &GuestMemoryMmap, at: u16) {
+        let place = self.layout.avail + 4 + u64::from(RING_ENTRIES) * 2;
+        memory.store(at, GuestAddress(place), Ordering::Release).unwrap();
+    }
+
     pub fn used_index(&self, memory: &GuestMemoryMmap) -> u16 {
         memory.load(GuestAddress(self.layout.used + 2), Ordering::Acquire).unwrap()
     }
