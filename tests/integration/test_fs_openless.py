@@ -23,15 +23,7 @@ FILES = 200
 _APPEND_ONLY = 0x20
 _SETFLAGS = 0x40086602
 
-
-def _kernel() -> tuple[int, ...]:
-    return tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
-
-
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root"),
-    pytest.mark.skipif(_kernel() < (6, 12), reason="older kernels do not tell of the end of created files"),
-]
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
 
 @pytest.fixture
@@ -124,13 +116,20 @@ def test_nothing_of_a_removed_file_stays_open(cache: FileCache) -> None:
 
 
 def test_a_created_file_is_closed(cache: FileCache) -> None:
+    # From here on the kernel opens files without asking.
+    assert (cache.mount / "1").read_bytes() == content_of(1)
     before = len(descriptors(cache))
     for _ in range(100):
         fd = os.open(cache.mount / "new", os.O_RDWR | os.O_CREAT | os.O_EXCL)
         os.write(fd, b"created")
         assert os.pread(fd, 20, 0) == b"created"
-        os.close(fd)
         (cache.mount / "new").unlink()
+        assert os.pread(fd, 20, 0) == b"created"
+        os.close(fd)
+        fd = os.open(cache.mount, os.O_TMPFILE | os.O_RDWR)
+        os.write(fd, b"nameless")
+        assert os.pread(fd, 20, 0) == b"nameless"
+        os.close(fd)
     assert within(5, lambda: len(descriptors(cache)) <= before + 4), descriptors(cache)
 
 

@@ -11,9 +11,6 @@ pub(crate) const KERNEL_VERSION: u32 = 7;
 pub(crate) const KERNEL_MINOR_VERSION: u32 = 39;
 /// The oldest minor version accepted: Linux 5.10, with `max_pages`, `RENAME2`, `LSEEK`, `COPY_FILE_RANGE`.
 pub(crate) const OLDEST_MINOR_VERSION: u32 = 32;
-/// The first minor version whose kernels tell of the end of a created file although they do not ask for files to be
-/// opened: Linux 6.12, or, with the same number, 6.11.
-pub(crate) const RELEASES_MINOR_VERSION: u32 = 41;
 /// The node id the kernel gives the root.
 pub(crate) const ROOT_ID: u64 = 1;
 

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use tmem_wire::{PoolCreate, PoolKind, Role};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::abi::{init, RELEASES_MINOR_VERSION, ROOT_ID};
+use super::abi::{init, ROOT_ID};
 use super::buffer::Buffers;
 use super::cache::{Cache, Host};
 use super::counters::Counters;
@@ -139,9 +139,7 @@ fn serve(args: &Args) -> Result<(), FsError> {
             lifetime,
             versions: fine_clock || changes != Changes::Check,
             // Who catches evicted pages learns from opens what the page cache holds.
-            openless: agreed.flags & init::NO_OPEN_SUPPORT != 0
-                && agreed.minor >= RELEASES_MINOR_VERSION
-                && victims.is_none(),
+            openless: agreed.flags & init::NO_OPEN_SUPPORT != 0 && victims.is_none(),
         },
         cache: cache.clone(),
         cacheable: cache.host.is_some(),
