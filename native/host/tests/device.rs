@@ -239,6 +239,15 @@ fn a_wish_for_an_interrupt_that_is_seen_late_is_heard() {
 }
 
 #[test]
+fn nothing_is_due_once_the_front_end_is_gone() {
+    let mut bench = Bench::new();
+    bench.open(key(ECHO, 50));
+    assert!(bench.device.deadline().is_some());
+    bench.device.disconnect();
+    assert_eq!(bench.device.deadline(), None, "the thread would never sleep");
+}
+
+#[test]
 fn packets_may_be_cut_anywhere() {
     let mut bench = Bench::new();
     let stream = key(ECHO, 50);

@@ -219,6 +219,7 @@ impl Device {
     pub fn disconnect(&mut self) {
         self.reset();
         self.memory = None;
+        self.look_again = None;
         self.front = FrontState::default();
     }
 
