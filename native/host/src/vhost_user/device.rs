@@ -113,6 +113,7 @@ impl Device {
     }
 
     fn stop_rings(&mut self) {
+        self.look_again = None;
         for index in 0..RINGS {
             self.stop(index);
         }
@@ -219,7 +220,6 @@ impl Device {
     pub fn disconnect(&mut self) {
         self.reset();
         self.memory = None;
-        self.look_again = None;
         self.front = FrontState::default();
     }
 
