@@ -8,15 +8,12 @@ both hold counts once: that is what is to be compared. Pages do not compress.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
-from framework.daemon import Tmemd
+import vm_host
 from record import Record, record
-from tmem_host.vm import images, libvirtd, machine
+from tmem_host.vm import machine
 from tmem_host.vm.request import Registration, VmRequest
 from tmem_host.vm.ssh import GuestShell
 
@@ -90,12 +87,8 @@ class Guest:
 
 def measure() -> dict[str, float]:
     """Pages held, by way."""
-    images.build("debian", progress=print)
-    with tempfile.TemporaryDirectory(prefix="fe-", dir="/dev/shm") as place, ExitStack() as stack:
-        directory = Path(place)
-        os.environ["TMEM_VM_DIRECTORY"] = str(directory / "vm")
-        tmemd = stack.enter_context(Tmemd(directory, capacity="512M"))
-        stack.enter_context(libvirtd.running())
+    with ExitStack() as stack:
+        tmemd = stack.enter_context(vm_host.running("512M"))
         request = VmRequest(
             name="bench-fe",
             memory_bytes=MEMORY_MIB * _MIB,

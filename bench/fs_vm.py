@@ -16,22 +16,20 @@ that QEMU read from the host's disk.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import disk_model
 import fs_disk
+import vm_host
 from disk_model import DiskModel
 from framework.daemon import Tmemd
 from record import DIRECTORY, Record, record
-from tmem_host.vm import images, libvirtd, machine
+from tmem_host.vm import machine
 from tmem_host.vm.machine import Machine
 from tmem_host.vm.request import Registration, VmRequest
 from tmem_host.vm.ssh import GuestShell
@@ -149,12 +147,7 @@ def measure(
     for way, on_model, fields in kept.get("builds", []):
         if way not in ways:
             builds[way, on_model].append(Build(**fields))
-    images.build("debian", progress=print)
-    with tempfile.TemporaryDirectory(prefix="fb-", dir="/dev/shm") as place, ExitStack() as stack:
-        directory = Path(place)
-        os.environ["TMEM_VM_DIRECTORY"] = str(directory / "vm")
-        tmemd = stack.enter_context(Tmemd(directory, capacity="1G"))
-        stack.enter_context(libvirtd.running())
+    with vm_host.running() as tmemd:
         for way in [way for _ in range(rounds) for way in ways]:
             request = VmRequest(
                 name=_VM,

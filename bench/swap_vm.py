@@ -10,17 +10,15 @@ swap turned off.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from pathlib import Path
 
 import disk_model
+import vm_host
 from framework.daemon import Tmemd
-from tmem_host.vm import images, libvirtd, machine
+from tmem_host.vm import machine
 from tmem_host.vm.machine import Machine
 from tmem_host.vm.request import Registration, VmRequest
 from tmem_host.vm.ssh import GuestShell
@@ -166,12 +164,8 @@ class Guest:
 @contextmanager
 def booted(cpus: int) -> Iterator[Guest]:
     """The guest, with a tmemd of its own."""
-    with tempfile.TemporaryDirectory(prefix="sb-", dir="/dev/shm") as place, ExitStack() as stack:
-        directory = Path(place)
-        os.environ["TMEM_VM_DIRECTORY"] = str(directory / "vm")
-        images.build("debian", progress=print)
-        tmemd = stack.enter_context(Tmemd(directory, capacity="1G"))
-        stack.enter_context(libvirtd.running())
+    with ExitStack() as stack:
+        tmemd = stack.enter_context(vm_host.running())
         register = Registration(tmemd.admin_socket, quota_bytes=800 * _MIB, persistent_max_bytes=4096 * _MIB)
         request = VmRequest(
             name="bench-swap", memory_bytes=MEMORY_MIB * _MIB, cpus=cpus, register=register, wait="agent"
