@@ -80,8 +80,6 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """Seconds between two reports to the host."""
     ready_timeout_s: float = 60.0
     """Seconds a mount or swap device may take to come up."""
-    lock_memory: bool = True
-    """Keep the agent's own memory out of swap while it serves swap."""
     mount: tuple[MountConfig, ...] = ()
     """File caches to serve from the start."""
     swap: SwapConfig | None = None

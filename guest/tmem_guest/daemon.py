@@ -194,11 +194,10 @@ class Agent:
         return service
 
     def _new_swap(self, config: SwapConfig) -> SwapService:
-        if self.config.lock_memory:
-            try:
-                memory.lock()
-            except OSError as error:
-                log.warning(f"cannot lock the agent's memory: {error.strerror}; it may itself be swapped out")
+        try:
+            memory.lock()
+        except OSError as error:
+            log.warning(f"cannot lock the agent's memory: {error.strerror}; the guest may hang with it swapped out")
         self.swap = SwapService(
             config,
             program=self._program,

@@ -26,7 +26,7 @@ use super::tree::{Tree, Trust};
 use super::victim::{VictimError, Victims};
 use super::watch::Watch;
 use super::{put, worker, Args, Changes, PutWhen};
-use crate::link::{hello, LinkError};
+use crate::link::{hello, Address, LinkError};
 
 /// Why a directory cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +106,9 @@ fn serve(args: &Args) -> Result<(), FsError> {
         );
     }
     let mut host = (!args.no_tmem && cacheable).then(|| host(args, &lower_path)).transpose()?;
+    if host.is_some() && matches!(args.endpoint.address, Address::Vsock { .. }) {
+        stay_resident();
+    }
     let (device_of_lower, restrictions, fine_clock) =
         (Identity::of(&lower.stat).device, lower.flags, lower.fine_clock);
     let inodes = Inodes::new(lower.root, &lower.stat);
@@ -260,6 +263,20 @@ fn prepare_process() {
         libc::mallopt(libc::M_ARENA_MAX, 1);
     }
     raise_file_limit();
+}
+
+/// Keep this process's memory out of swap. vsock's receiving worker waits for whoever holds a socket, also while that
+/// one waits, in the middle of `recv()`, for a page of its own that was swapped out. If swap is tmem's, that page comes
+/// through the same worker, and nothing on vsock moves any more.
+fn stay_resident() {
+    // SAFETY: names no memory.
+    let locked = unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT) };
+    if locked < 0 {
+        log::warn!(
+            "cannot lock memory ({}): run as root, or raise RLIMIT_MEMLOCK. With swap on tmem the guest may hang",
+            std::io::Error::last_os_error()
+        );
+    }
 }
 
 /// One descriptor for every file the kernel remembers: as many as the system grants.
