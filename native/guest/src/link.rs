@@ -15,6 +15,7 @@
 
 mod backoff;
 mod endpoint;
+mod lowat;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -28,6 +29,7 @@ use tmem_wire::{
 
 pub use backoff::Backoff;
 pub use endpoint::{Address, Endpoint, VSOCK_WINDOW_BYTES, VSOCK_WRITE_BYTES};
+pub use lowat::LowWater;
 
 /// Why a link could not be made, or is of no use any more. After any of them the connection is dropped and made
 /// anew; nothing is known about requests that were not answered.
@@ -155,7 +157,8 @@ impl Link {
         };
         let capacity =
             (request.max_frame_bytes as usize).clamp(HEADER_BYTES + 64, HEADER_BYTES + MAX_BODY_BYTES);
-        let reader = LinkReader { socket, buffer: vec![0; capacity], start: 0, end: 0, timeout };
+        let low_water = LowWater::new(&endpoint.address);
+        let reader = LinkReader { socket, buffer: vec![0; capacity], start: 0, end: 0, timeout, low_water };
         let unknown = HelloAnswer {
             version: VERSION,
             page_bytes: 0,
@@ -273,6 +276,7 @@ pub struct LinkReader {
     start: usize,
     end: usize,
     timeout: Duration,
+    low_water: LowWater,
 }
 
 impl LinkReader {
@@ -321,6 +325,10 @@ impl LinkReader {
             self.start = 0;
         }
         while self.end - self.start < wanted {
+            let lacking = wanted - (self.end - self.start);
+            self.low_water
+                .set(&self.socket, lacking)
+                .map_err(|errno| LinkError::Io { awaited, source: errno.into() })?;
             match rustix::net::recv(
                 &self.socket,
                 &mut self.buffer[self.end..],

@@ -13,7 +13,7 @@ use super::host::{Connection, FRAME_BYTES};
 use super::lane::Post;
 use super::shared::Shared;
 use super::table::Place;
-use crate::link::{hello, Backoff, Endpoint, Link, LinkError};
+use crate::link::{hello, Backoff, Endpoint, Link, LinkError, LowWater};
 
 /// Bound of every single step of connecting.
 const STEP: Duration = Duration::from_secs(5);
@@ -107,6 +107,7 @@ impl Connector {
             socket: link.into_socket()?,
             session,
             write_bytes: self.endpoint.write_bytes,
+            low_water: LowWater::new(&self.endpoint.address),
             keep_alive,
         })
     }

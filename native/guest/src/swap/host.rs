@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 use io_uring::{opcode, types};
 use tmem_wire::{Header, Op, WireError, HEADER_BYTES};
 
+use crate::link::LowWater;
+
 use super::core::{Session, ANSWER_BYTES, OUT_BYTES};
 use super::ring::{Ring, Source, Token};
 
@@ -23,6 +25,8 @@ pub(super) struct Connection {
     pub(super) session: Session,
     /// Most bytes for one `send()`.
     pub(super) write_bytes: Option<usize>,
+    /// When its receiver is woken.
+    pub(super) low_water: LowWater,
     /// The host wants to hear something this often; zero: it does not care.
     pub(super) keep_alive: Duration,
 }
@@ -76,7 +80,7 @@ impl Host {
             sending_last: false,
             receiving: false,
             look_first: false,
-            input: Input { buffer: vec![0; FRAME_BYTES], start: 0, end: 0 },
+            input: Input { buffer: vec![0; FRAME_BYTES], start: 0, end: 0, lacking: 0 },
             last_sent: now,
             last_heard: now,
             pinged: false,
@@ -99,7 +103,8 @@ impl Host {
         for out in &mut self.out {
             out.clear();
         }
-        (self.sent, self.input.end, self.pinged) = (0, 0, false);
+        (self.sent, self.pinged) = (0, false);
+        (self.input.end, self.input.lacking) = (0, 0);
         (self.last_sent, self.last_heard) = (now, now);
         self.connection = Some(connection);
         self.receive(ring);
@@ -122,8 +127,10 @@ impl Host {
     }
 
     fn receive(&mut self, ring: &mut Ring) {
-        let Some(connection) = &self.connection else { return };
+        let Some(connection) = &mut self.connection else { return };
         let socket = connection.socket.as_raw_fd();
+        // If that fails the socket is of no use, and receiving says so.
+        let _ = connection.low_water.set(&connection.socket, self.input.lacking);
         let space = &mut self.input.buffer[self.input.end..];
         // SAFETY: `input` is neither moved nor resized, and its tail is used again only after the completion.
         unsafe { ring.receive(socket, space, self.look_first, Token::new(Source::Receive, 0)) };
@@ -240,11 +247,14 @@ pub(super) struct Input {
     buffer: Vec<u8>,
     start: usize,
     end: usize,
+    /// What the frame that has begun still lacks, as far as is known.
+    lacking: usize,
 }
 
 impl Input {
     /// The next whole frame, if there is one.
     pub(super) fn frame(&mut self) -> Result<Option<(Header, &[u8])>, Broken> {
+        self.lacking = 0;
         let Some(head) = self.buffer[self.start..self.end].first_chunk::<HEADER_BYTES>() else {
             return Ok(None);
         };
@@ -255,6 +265,7 @@ impl Input {
             return Err(WireError::BodyTooLong(header.length).into());
         }
         if next > self.end {
+            self.lacking = next - self.end;
             return Ok(None);
         }
         self.start = next;
