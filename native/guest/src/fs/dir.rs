@@ -3,7 +3,6 @@
 use std::ffi::CStr;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use rustix::fs::OFlags;
 use rustix::io::Errno;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -90,12 +89,11 @@ impl Tree {
     pub(crate) fn opendir(&self, call: &mut Call) -> Done {
         let inode = self.target(call)?;
         let _: OpenIn = call.args.take()?;
-        let fd = inode.reopen(OFlags::DIRECTORY | OFlags::RDONLY)?;
         // Without reports of changes, the kernel would keep a listing for as long as the directory's time is the
         // same to it.
         let (mut open_flags, mut dropped) = (0, None);
         if !self.trust.lifetime.is_zero() {
-            let now = Version::of(&stat_fd(&fd)?);
+            let now = Version::of(&stat_fd(&inode.fd)?);
             open_flags = abi::FOPEN_CACHE_DIR;
             if self.may_keep(&inode, &now) {
                 open_flags |= abi::FOPEN_KEEP_CACHE;
@@ -103,7 +101,8 @@ impl Tree {
                 dropped = Some(now);
             }
         }
-        let fh = self.handles.insert(Handle::new(inode, fd, dropped));
+        // The kernel has checked that the caller may, and mostly has the listing.
+        let fh = self.handles.insert(Handle::late(inode, dropped));
         call.reply(&OpenOut { fh, open_flags, backing_id: 0 });
         Ok(())
     }

@@ -18,8 +18,9 @@ const STANDING: usize = 64;
 enum Lower {
     /// Opened as the caller asked (but never with `O_APPEND` or `O_DIRECT`).
     Opened(OwnedFd),
-    /// Made when they are first wanted: the kernel does not tell who opens the file, and how.
-    Standing { reading: OnceLock<OwnedFd>, writing: OnceLock<OwnedFd> },
+    /// Made when they are first wanted: the kernel does not tell who opens a file, and how, or has what it would ask
+    /// of a directory.
+    Late { reading: OnceLock<OwnedFd>, writing: OnceLock<OwnedFd> },
 }
 
 /// An open file or directory.
@@ -42,9 +43,10 @@ impl Handle {
         Handle::with(inode, Lower::Opened(fd), dropped)
     }
 
-    fn standing(inode: Arc<Inode>) -> Handle {
-        let lower = Lower::Standing { reading: OnceLock::new(), writing: OnceLock::new() };
-        Handle::with(inode, lower, None)
+    /// A handle whose lower descriptors are opened when they are wanted.
+    pub(crate) fn late(inode: Arc<Inode>, dropped: Option<Version>) -> Handle {
+        let lower = Lower::Late { reading: OnceLock::new(), writing: OnceLock::new() };
+        Handle::with(inode, lower, dropped)
     }
 
     fn with(inode: Arc<Inode>, lower: Lower, dropped: Option<Version>) -> Handle {
@@ -61,7 +63,7 @@ impl Handle {
     pub(crate) fn reading(&self) -> Result<&OwnedFd, Errno> {
         match &self.lower {
             Lower::Opened(fd) => Ok(fd),
-            Lower::Standing { reading, .. } => self.get_or_open(reading, OFlags::RDONLY),
+            Lower::Late { reading, .. } => self.get_or_open(reading, OFlags::RDONLY),
         }
     }
 
@@ -69,7 +71,7 @@ impl Handle {
     pub(crate) fn writing(&self) -> Result<&OwnedFd, Errno> {
         match &self.lower {
             Lower::Opened(fd) => Ok(fd),
-            Lower::Standing { writing, .. } => self.get_or_open(writing, OFlags::WRONLY),
+            Lower::Late { writing, .. } => self.get_or_open(writing, OFlags::WRONLY),
         }
     }
 
@@ -124,7 +126,7 @@ impl Handles {
         let found = standing.iter().rposition(|handle| Arc::ptr_eq(&handle.inode, inode));
         let handle = match found {
             Some(at) => standing.remove(at),
-            None => Arc::new(Handle::standing(inode.clone())),
+            None => Arc::new(Handle::late(inode.clone(), None)),
         };
         let oldest = (standing.len() == STANDING).then(|| standing.remove(0));
         standing.push(handle.clone());
