@@ -4,7 +4,8 @@ A Debian guest builds a part of the kernel with `make -j4`. Its memory holds nei
 their program and the sources for long; it swaps, and reads files again that it evicted:
 
 * `no_tmem`: disks past the host's page cache (`cache=none`), a swap file on one of them;
-* `tmem`: the same disks, `tmem-agent swap on`, and `tmem-agent mount` over the compiler's directory;
+* `tmem`: the same disks, `tmem-agent swap on`, and `tmem-agent mount` over the compiler's directory and over
+  the sources' headers;
 * `host_page_cache`: the first way with `cache=writeback`.
 
 Each once on the cloud disk of `disk_model` and once on the disk as it is. Guests, tmem and the host's page
@@ -42,7 +43,7 @@ SWAP_MIB = 256
 QUOTA_MIB = 256
 CPUS = 2
 JOBS = 4
-COMPILER = "/usr/libexec/gcc"
+MOUNTS = ("/usr/libexec/gcc", f"{DATA}/linux/include --changes none")
 TARGET = "kernel/time/"
 WAYS = ("no_tmem", "tmem", "host_page_cache")
 _VM = "bench-fs"
@@ -101,7 +102,8 @@ class Guest:
         self.qemu = fs_disk.emulator(up)
         if way == "tmem":
             self._run(f"tmem-agent swap on --size {SWAP_MIB}M --file {DATA}/swap.tmem")
-            self._run(f"tmem-agent mount {COMPILER}")
+            for mount in MOUNTS:
+                self._run(f"tmem-agent mount {mount}")
         else:
             self._run("systemctl stop tmem-agent")
             file = f"{DATA}/swap.plain"
