@@ -240,6 +240,7 @@ def main() -> None:
     parser.add_argument(
         "--cloud-disk-only", action="store_true", help="in VMs, not the disk as it is as well"
     )
+    parser.add_argument("--more", action="store_true", help="in VMs, add to the last run's builds")
     parser.add_argument("--option", action="append", default=[], help="option for tmem-guest fs")
     options = parser.parse_args()
     unwind_on_signals()
@@ -252,7 +253,9 @@ def main() -> None:
         native = measure_native(options.rounds, options.option)
     if "vm" in options.parts:
         ways = options.way or fs_vm.WAYS
-        measured = fs_vm.measure(options.vm_rounds, ways, unthrottled=not options.cloud_disk_only)
+        measured = fs_vm.measure(
+            options.vm_rounds, ways, unthrottled=not options.cloud_disk_only, more=options.more
+        )
         headline = fs_vm.records(*measured)
     if "effective" in options.parts:
         effective = fs_effective.records(fs_effective.measure())

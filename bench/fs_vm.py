@@ -140,14 +140,17 @@ class Guest:
 
 
 def measure(
-    rounds: int = 1, ways: Sequence[str] = WAYS, *, unthrottled: bool = True
+    rounds: int = 1, ways: Sequence[str] = WAYS, *, unthrottled: bool = True, more: bool = False
 ) -> tuple[DiskModel, Builds]:
-    """Boot the guest each way, and build in it. Of ways left out, the last run's builds are taken."""
+    """Boot the guest each way, and build in it.
+
+    Of ways left out, the last run's builds are taken; with `more`, of all, on the same disk.
+    """
     builds: Builds = defaultdict(list)
-    kept = json.loads(_KEPT.read_text()) if _KEPT.exists() and len(ways) < len(WAYS) else {}
+    kept = json.loads(_KEPT.read_text()) if _KEPT.exists() and (more or len(ways) < len(WAYS)) else {}
     model = DiskModel(**kept["model"]) if kept else None
     for way, on_model, fields in kept.get("builds", []):
-        if way not in ways:
+        if more or way not in ways:
             builds[way, on_model].append(Build(**fields))
     with vm_host.running() as tmemd:
         for way in [way for _ in range(rounds) for way in ways]:

@@ -197,7 +197,9 @@ class Agent:
         try:
             memory.lock()
         except OSError as error:
-            log.warning(f"cannot lock the agent's memory: {error.strerror}; the guest may hang with it swapped out")
+            log.warning(
+                f"cannot lock the agent's memory: {error.strerror}; the guest may hang with it swapped out"
+            )
         self.swap = SwapService(
             config,
             program=self._program,

@@ -71,14 +71,20 @@ def test_swap_is_one_command(guest: AgentGuest) -> None:
 def test_the_file_cache_is_not_swapped_out_to_tmem(guest: AgentGuest) -> None:
     """A page fault while it receives would hold up all of vsock, also the page it waits for: the guest hung for good."""
     guest.run("tmem-agent swap on --size 128M --file /data/swap.tmem")
-    guest.run("head -c 32M /dev/urandom > /data/files/large && sync && sha1sum < /data/files/large > /root/sum")
+    guest.run(
+        "head -c 32M /dev/urandom > /data/files/large && sync && sha1sum < /data/files/large > /root/sum"
+    )
     group = guest.run("echo -n /sys/fs/cgroup$(systemctl show -P ControlGroup tmem-agent)")
     guest.run(f"test -w {group}/memory.reclaim")
     for _ in range(6):
         # Fails unless it gets all of what is asked, and takes what it can all the same.
         guest.run(f"echo '64M swappiness=200' > {group}/memory.reclaim || true")
         guest.run("echo 3 > /proc/sys/vm/drop_caches; sha1sum < /mnt/tmem/large | cmp - /root/sum")
-    assert guest.run("grep VmSwap /proc/$(pgrep -f '^@tmem-guest fs')/status").split() == ["VmSwap:", "0", "kB"]
+    assert guest.run("grep VmSwap /proc/$(pgrep -f '^@tmem-guest fs')/status").split() == [
+        "VmSwap:",
+        "0",
+        "kB",
+    ]
     assert guest.counters("host", "stats")["gets_hit"] > 8192, "pages came over vsock"
     guest.run("tmem-agent swap off; rm /data/files/large")
 
