@@ -11,8 +11,8 @@ _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 def lock() -> None:
     """Keep every page this process has or will touch in memory (mlockall(2)). Raises OSError.
 
-    vsock's receiving worker waits for whoever holds a socket, also while that one waits, in the middle of a call, for
-    a page of its own that was swapped out: to tmem, behind the same worker. The guest would hang for good.
+    vsock's receiving worker waits for whoever holds a socket, also while that one waits, in the middle of a
+    call, for a page of its own that was swapped out: to tmem, behind the same worker. The guest would hang.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT):

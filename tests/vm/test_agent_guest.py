@@ -69,7 +69,7 @@ def test_swap_is_one_command(guest: AgentGuest) -> None:
 
 
 def test_the_file_cache_is_not_swapped_out_to_tmem(guest: AgentGuest) -> None:
-    """A page fault while it receives would hold up all of vsock, also the page it waits for: the guest hung for good."""
+    """A page fault while it receives would hold up all of vsock, also the page it waits for: it hung."""
     guest.run("tmem-agent swap on --size 128M --file /data/swap.tmem")
     guest.run(
         "head -c 32M /dev/urandom > /data/files/large && sync && sha1sum < /data/files/large > /root/sum"
