@@ -246,6 +246,11 @@ impl Link {
     pub fn into_socket(mut self) -> Result<OwnedFd, LinkError> {
         // An event loop that ever falls back to a blocking call would take a timeout for a broken connection.
         self.set_timeout(Duration::ZERO)?;
+        let reader = &mut self.reader;
+        reader
+            .low_water
+            .set(&reader.socket, 0)
+            .map_err(|errno| LinkError::Io { awaited: "being woken as usual", source: errno.into() })?;
         Ok(self.reader.socket.into())
     }
 }

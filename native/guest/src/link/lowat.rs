@@ -51,11 +51,11 @@ impl LowWater {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use std::os::unix::net::UnixStream;
 
-    fn asked_of(socket: &UnixStream) -> libc::c_int {
+    pub(crate) fn asked_of(socket: &impl AsRawFd) -> libc::c_int {
         let mut value: libc::c_int = 0;
         let mut length = size_of_val(&value) as libc::socklen_t;
         // SAFETY: both outlive the call, which writes an int.

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::thread;
 
+use super::lowat::tests::asked_of;
 use super::*;
 
 const LIMITS: HelloAnswer = HelloAnswer {
@@ -62,6 +63,34 @@ fn hello_carries_the_boot_id_and_settles_limits() {
     assert_eq!(link.limits(), &LIMITS);
     link.ping().unwrap();
     peer.join().unwrap();
+}
+
+#[test]
+fn a_socket_that_is_handed_on_wakes_its_reader_for_every_byte() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let watched = ours.try_clone().unwrap();
+    let peer = thread::spawn(move || {
+        let (header, _) = read_frame(&mut theirs);
+        answer(&mut theirs, header.answer(), &LIMITS.encode());
+        let (header, _) = read_frame(&mut theirs);
+        let mut frame = Vec::new();
+        header.answer().write_frame(&[0; 20_000], &mut frame);
+        let (head, body) = frame.split_at(HEADER_BYTES);
+        theirs.write_all(head).unwrap();
+        while asked_of(&watched) == 1 {
+            thread::yield_now();
+        }
+        theirs.write_all(body).unwrap();
+        theirs
+    });
+    // Only the address says that it is vsock; unix sockets have the option, too.
+    let endpoint = "vsock:2:1".parse().unwrap();
+    let hello = hello(Role::Swap, "test").unwrap();
+    let mut link = Link::over(OwnedFd::from(ours).into(), &endpoint, &hello, Duration::from_secs(5)).unwrap();
+    link.ping().unwrap();
+    let socket = link.into_socket().unwrap();
+    assert_eq!(asked_of(&socket), 1);
+    drop(peer.join().unwrap());
 }
 
 #[test]
