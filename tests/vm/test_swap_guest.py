@@ -189,7 +189,9 @@ def test_memory_stays_intact(trouble: Trouble, kind: str) -> None:
     if kind in ("quotas", "refusals", "frosts"):
         assert grew("refused") and grew("writes_file")
     if kind in ("kills", "absence"):
-        assert grew("disconnects") and grew("writes_file")
+        assert grew("disconnects")
+    if kind == "absence":  # a killed tmemd is back before anything need be written
+        assert grew("writes_file")
     if kind == "shim_kills":
         assert grew("restarts")
     if kind == "reclaims":
