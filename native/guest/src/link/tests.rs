@@ -74,7 +74,7 @@ fn a_socket_that_is_handed_on_wakes_its_reader_for_every_byte() {
         answer(&mut theirs, header.answer(), &LIMITS.encode());
         let (header, _) = read_frame(&mut theirs);
         let mut frame = Vec::new();
-        header.answer().write_frame(&[0; 20_000], &mut frame);
+        header.answer().write_frame(&vec![0; 20_000], &mut frame);
         let (head, body) = frame.split_at(HEADER_BYTES);
         theirs.write_all(head).unwrap();
         while asked_of(&watched) == 1 {
