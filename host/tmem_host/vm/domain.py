@@ -140,9 +140,6 @@ def _add_cpu(root: Xml.Element, virt: Virt) -> None:
         cpu = _add(root, "cpu", mode="maximum")
         # A fifth level of page tables would make every emulated TLB miss dearer.
         _add(cpu, "feature", policy="disable", name="la57")
-        # Rarely, QEMU 7.2 comes back from an emulated cmpxchg16b with an address in the flags, which is the
-        # end of a guest: Linux uses it whenever it allocates, unless the processor has none.
-        _add(cpu, "feature", policy="disable", name="cx16")
     clock = _add(root, "clock", offset="utc")
     _add(clock, "timer", name="hpet", present="no")
 
