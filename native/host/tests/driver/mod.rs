@@ -73,8 +73,20 @@ impl DriverRing {
         memory.store(self.avail, GuestAddress(self.layout.avail + 2), Ordering::Release).unwrap();
     }
 
-    /// Add a chain of buffers of these sizes; returns where they lie.
+    /// Make a chain of empty buffers of these sizes available; returns where they lie.
     pub fn add(&mut self, memory: &GuestMemoryMmap, sizes: &[usize], writable: bool) -> Vec<(u64, u32)> {
+        let (head, chain) = self.prepare(memory, sizes, writable);
+        self.offer(memory, head);
+        chain
+    }
+
+    /// A chain of buffers of these sizes that is not available yet: its head, and where the buffers lie.
+    fn prepare(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        sizes: &[usize],
+        writable: bool,
+    ) -> (u16, Vec<(u64, u32)>) {
         let head = self.next_descriptor;
         let mut chain = Vec::new();
         for (at, &size) in sizes.iter().enumerate() {
@@ -91,8 +103,7 @@ impl DriverRing {
             chain.push((address, size as u32));
         }
         self.chains[head as usize].clone_from(&chain);
-        self.offer(memory, head);
-        chain
+        (head, chain)
     }
 
     /// The next used chain and the bytes written to it.
@@ -174,13 +185,15 @@ impl Driver {
         bytes.extend_from_slice(data);
         let mut sizes = cuts.to_vec();
         sizes.push(bytes.len().saturating_sub(cuts.iter().sum()));
-        let chain = self.from_guest.add(&self.memory, &sizes, false);
+        let (head, chain) = self.from_guest.prepare(&self.memory, &sizes, false);
         let mut rest = &bytes[..];
         for (address, length) in chain {
             let (now, later) = rest.split_at((length as usize).min(rest.len()));
             self.memory.write_slice(now, GuestAddress(address)).unwrap();
             rest = later;
         }
+        // Only now: a device that is awake takes it at once.
+        self.from_guest.offer(&self.memory, head);
     }
 
     /// Send a packet in one descriptor.
