@@ -198,6 +198,21 @@ def test_names_and_attributes_changed_behind_the_mount_are_seen(cache: FileCache
         soon(lambda: not (cache.mount / "moved").exists())
 
 
+def test_looking_around_does_not_wake_who_waits_for_changes(start_mount: StartMount) -> None:
+    cache = start_mount("--changes", "watch")
+
+    def woken() -> int:
+        tasks = Path(f"/proc/{cache.pid}/task").iterdir()
+        watch = next(task for task in tasks if (task / "comm").read_text() == "tmem-watch\n")
+        lines = (watch / "status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("voluntary_ctxt_switches")).split()[1])
+
+    before = woken()
+    for n in range(500):
+        assert not (cache.mount / f"absent{n}").exists()
+    assert woken() - before < 50
+
+
 def stamped(fd: int, page: int) -> int:
     return int.from_bytes(os.pread(fd, 8, page * PAGE_BYTES), "little")
 

@@ -151,8 +151,8 @@ fn serve(args: &Args) -> Result<(), FsError> {
         buffers: Buffers::new(),
     });
     if let Some(mut victims) = victims {
-        let (tree, device) = (tree.clone(), device.another().map_err(FsError::Fuse)?);
-        spawn("tmem-victims", move || victims.run(&tree, &device))?;
+        let tree = tree.clone();
+        spawn("tmem-victims", move || victims.run(&tree))?;
     }
     if let Some(watch) = watch {
         let (tree, device) = (tree.clone(), device.another().map_err(FsError::Fuse)?);

@@ -94,7 +94,8 @@ impl Watch {
         Ok(Watch { events, anchor })
     }
 
-    /// Pass events on until the file system is unmounted.
+    /// Pass events on for as long as the process lives. Only the watch is polled: the kernel wakes whoever polls a
+    /// FUSE device for each request.
     pub(crate) fn run(&self, tree: &Arc<Tree>, device: &Device) {
         let own = std::process::id();
         let mut buffer = vec![0; BUFFER_BYTES];
@@ -103,16 +104,11 @@ impl Watch {
             let due = waiting.front().map(|(due, _)| due.saturating_duration_since(Instant::now()));
             let due = due
                 .map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
-            // The device reports an error once the file system is gone.
-            let mut fds = [PollFd::new(&self.events, PollFlags::IN), PollFd::new(device, PollFlags::empty())];
-            if let Err(error) = poll(&mut fds, due.as_ref()) {
+            if let Err(error) = poll(&mut [PollFd::new(&self.events, PollFlags::IN)], due.as_ref()) {
                 if error != Errno::INTR {
                     log::error!("changes in the lower directory are not seen any more: {error}");
                     return;
                 }
-            }
-            if fds[1].revents().intersects(PollFlags::ERR | PollFlags::HUP) {
-                return;
             }
             let (mut events, mut own_events) = (0, 0);
             while let Ok(length) = rustix::io::read(&self.events, &mut buffer) {

@@ -27,7 +27,6 @@ use super::buffer::{Buffer, PageSet};
 use super::cache::Put;
 use super::content::version_of_evicted;
 use super::counters::count;
-use super::device::Device;
 use super::inode::{Identity, Inode};
 use super::tree::{stat_fd, Tree};
 use super::version::Version;
@@ -75,19 +74,12 @@ impl Victims {
         Ok(Victims { ring, _link: link, lower })
     }
 
-    /// Put what is evicted until the file system is unmounted.
-    pub(crate) fn run(&mut self, tree: &Tree, device: &Device) {
+    /// Put what is evicted for as long as the process lives.
+    pub(crate) fn run(&mut self, tree: &Tree) {
         loop {
-            {
-                let mut fds =
-                    [PollFd::new(&self.ring, PollFlags::IN), PollFd::new(device, PollFlags::empty())];
-                if let Err(error) = poll(&mut fds, None) {
-                    if error != Errno::INTR {
-                        log::error!("evicted pages are not seen any more: {error}");
-                        return;
-                    }
-                }
-                if fds[1].revents().intersects(PollFlags::ERR | PollFlags::HUP) {
+            if let Err(error) = poll(&mut [PollFd::new(&self.ring, PollFlags::IN)], None) {
+                if error != Errno::INTR {
+                    log::error!("evicted pages are not seen any more: {error}");
                     return;
                 }
             }
