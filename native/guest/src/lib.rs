@@ -7,11 +7,13 @@
 //! | [`swap`] | `tmem-guest swap`: the block device the kernel swaps to |
 //! | [`ping`] | `tmem-guest ping`: is the host there, what does it allow, how far is it |
 //! | [`page`] | one page into and out of a frame |
+//! | `memory` | this process's memory, and the machine's |
 //! | [`log`] | one line to stderr for each event, without ever waiting for its reader |
 
 pub mod fs;
 pub mod link;
 pub mod log;
+mod memory;
 pub mod page;
 pub mod ping;
 pub mod swap;

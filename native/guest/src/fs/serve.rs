@@ -27,6 +27,7 @@ use super::victim::{VictimError, Victims};
 use super::watch::Watch;
 use super::{put, worker, Args, Changes, PutWhen};
 use crate::link::{hello, Address, LinkError};
+use crate::memory;
 
 /// Why a directory cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -95,7 +96,8 @@ pub fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
 
 fn serve(args: &Args) -> Result<(), FsError> {
     let signals = Signals::block()?;
-    prepare_process();
+    memory::one_heap();
+    raise_file_limit();
     let (lower_path, lower) = open_lower(args)?;
     let mount = check_mount(args, &lower_path)?;
     let cacheable = lower.reliable || args.trust_lower;
@@ -254,27 +256,14 @@ fn watch(wanted: Changes, inodes: &Inodes, lower: &Path) -> Result<(Changes, Opt
     }
 }
 
-/// Settle what concerns the whole process.
-fn prepare_process() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: mallopt only sets a number, before any other thread exists. One arena for all threads keeps the
-    // resident memory down; nothing is allocated where it matters.
-    unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 1);
-    }
-    raise_file_limit();
-}
-
 /// Keep this process's memory out of swap. vsock's receiving worker waits for whoever holds a socket, also while that
 /// one waits, in the middle of `recv()`, for a page of its own that was swapped out. If swap is tmem's, that page comes
 /// through the same worker, and nothing on vsock moves any more.
 fn stay_resident() {
-    // SAFETY: names no memory.
-    let locked = unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT) };
-    if locked < 0 {
+    if let Err(error) = memory::lock(memory::Lock::Touched) {
         log::warn!(
-            "cannot lock memory ({}): run as root, or raise RLIMIT_MEMLOCK. With swap on tmem the guest may hang",
-            std::io::Error::last_os_error()
+            "memory is not locked ({error}): {}. With swap on tmem the guest may hang",
+            memory::LOCK_HINT
         );
     }
 }

@@ -10,9 +10,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::lane::Post;
-use super::protect::{rss_bytes, Protection};
+use super::protect::Protection;
 use super::shared::Shared;
 use super::table::Place;
+use crate::memory::resident_bytes;
 
 /// Longest request line, bytes.
 const LINE_BYTES: u64 = 1024;
@@ -143,7 +144,7 @@ impl Control {
             place(Place::Host),
             place(Place::File),
             place(Place::Lost),
-            rss_bytes(),
+            resident_bytes(),
             state.draining.load(Ordering::Relaxed),
             state.reclaim_left.load(Ordering::Relaxed),
             state.reclaim_asked.load(Ordering::Relaxed),

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::memory;
+
 // From linux/prctl.h; the libc crate does not have them.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 const PR_GET_IO_FLUSHER: libc::c_int = 58;
@@ -45,7 +47,7 @@ impl Protection {
 
     fn hint(self) -> &'static str {
         match self {
-            Protection::Locked => "run as root, or raise RLIMIT_MEMLOCK (LimitMEMLOCK=infinity)",
+            Protection::Locked => memory::LOCK_HINT,
             Protection::IoFlusher => "run as root (CAP_SYS_RESOURCE) on Linux 5.6 or later",
             Protection::OomExempt => "run as root, or set OOMScoreAdjust=-1000",
             Protection::RealTime => "run as root, or set LimitRTPRIO=1",
@@ -55,8 +57,7 @@ impl Protection {
 
     fn take(self) -> io::Result<()> {
         match self {
-            // SAFETY: names no memory.
-            Protection::Locked => check(unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) }),
+            Protection::Locked => memory::lock(memory::Lock::Mapped),
             Protection::IoFlusher => set_io_flusher(),
             Protection::OomExempt => std::fs::write("/proc/self/oom_score_adj", "-1000"),
             Protection::RealTime => {
@@ -72,13 +73,7 @@ impl Protection {
 /// Have the kernel keep back a thirty-second of memory, 4 to 32 MiB, and begin to free memory as much earlier. Never
 /// less than it does already.
 fn keep_reserve() -> io::Result<()> {
-    let total_kib = std::fs::read_to_string("/proc/meminfo")?
-        .lines()
-        .find_map(|line| {
-            line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
-        })
-        .ok_or_else(|| io::Error::other("/proc/meminfo has no MemTotal"))?;
-    let wanted_kib = (total_kib / 32).clamp(4 << 10, 32 << 10);
+    let wanted_kib = (memory::total_kib()? / 32).clamp(4 << 10, 32 << 10);
     raise("min_free_kbytes", wanted_kib)?;
     // In ten-thousandths of memory.
     raise("watermark_scale_factor", 200)?;
@@ -138,19 +133,12 @@ pub fn protect(required: bool) -> Result<Vec<Protection>, io::Error> {
     Ok(missing)
 }
 
-/// One heap for all threads: a heap each would be locked into memory for nothing, like what was freed of this one.
+/// What other heaps take, and what was freed of this one, would be locked into memory for nothing.
 fn small_heap() {
-    // SAFETY: called before there are other threads; both settings are plain numbers.
+    memory::one_heap();
+    // SAFETY: called before there are other threads; the setting is a plain number.
     unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 1);
         libc::mallopt(libc::M_TOP_PAD, 16 * 1024);
         libc::malloc_trim(0);
     }
-}
-
-/// Resident memory of this process, in bytes.
-pub fn rss_bytes() -> u64 {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    let pages: u64 = statm.split(' ').nth(1).and_then(|pages| pages.parse().ok()).unwrap_or(0);
-    pages * rustix::param::page_size() as u64
 }

@@ -1,0 +1,61 @@
+//! This process's memory, and the machine's.
+
+use std::io;
+
+/// Which of this process's pages [`lock`] keeps from being swapped out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lock {
+    /// All it has mapped or will map, at once: touching memory never waits.
+    Mapped,
+    /// Those it touches, from then on.
+    Touched,
+}
+
+/// What helps where memory cannot be locked.
+pub(crate) const LOCK_HINT: &str = "run as root, or raise RLIMIT_MEMLOCK (LimitMEMLOCK=infinity)";
+
+/// Keep this process's pages in memory (mlockall(2)).
+pub(crate) fn lock(which: Lock) -> io::Result<()> {
+    let flags = libc::MCL_CURRENT | libc::MCL_FUTURE;
+    let flags = if which == Lock::Touched { flags | libc::MCL_ONFAULT } else { flags };
+    // SAFETY: names no memory.
+    if unsafe { libc::mlockall(flags) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// One heap for all threads, before there are any: a heap each costs resident memory for nothing.
+pub(crate) fn one_heap() {
+    // SAFETY: only sets a number.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
+/// What this process has resident, in bytes; 0 if the kernel does not tell.
+pub(crate) fn resident_bytes() -> u64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages: u64 = statm.split(' ').nth(1).and_then(|pages| pages.parse().ok()).unwrap_or(0);
+    pages * rustix::param::page_size() as u64
+}
+
+/// The machine's memory, in KiB.
+pub(crate) fn total_kib() -> io::Result<u64> {
+    let table = std::fs::read_to_string("/proc/meminfo")?;
+    let total = table.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"));
+    total
+        .and_then(|text| text.trim().parse().ok())
+        .ok_or_else(|| io::Error::other("/proc/meminfo has no MemTotal"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_tells_both() {
+        let (resident, total) = (resident_bytes() >> 10, total_kib().unwrap());
+        assert!(0 < resident && resident < total, "{resident} of {total} KiB");
+    }
+}
