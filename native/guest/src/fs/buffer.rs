@@ -9,9 +9,9 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::device::MAX_READ;
 
-/// Sizes of buffers in bytes, and how many of each there may be: for random reads, for the kernel's first read-ahead
-/// windows, for its largest. A few serve the readers, the rest wait to be put.
-const KINDS: [(usize, usize); 3] = [(16 << 10, 64), (128 << 10, 4), (MAX_READ, 2)];
+/// Sizes of buffers in bytes, and how many of each there may be: for random reads, and for the kernel's read-ahead. A
+/// few serve the readers, the rest wait to be put.
+const KINDS: [(usize, usize); 2] = [(16 << 10, 64), (MAX_READ, 10)];
 
 /// How long to wait for a buffer before looking for one to steal again.
 const RETRY: Duration = Duration::from_millis(2);
@@ -113,26 +113,28 @@ impl Drop for Buffer {
 
 /// Which pages of a READ's window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct PageSet([u64; MAX_READ / PAGE_BYTES / 64]);
+pub(crate) struct PageSet(u64);
+
+const _: () = assert!(MAX_READ / PAGE_BYTES <= u64::BITS as usize);
 
 impl PageSet {
     /// Add a page.
     pub(crate) fn insert(&mut self, page: usize) {
-        self.0[page / 64] |= 1 << (page % 64);
+        self.0 |= 1 << page;
     }
 
     /// Whether a page is in it.
-    pub(crate) fn contains(&self, page: usize) -> bool {
-        self.0[page / 64] >> (page % 64) & 1 != 0
+    pub(crate) fn contains(self, page: usize) -> bool {
+        self.0 >> page & 1 != 0
     }
 
     /// How many pages are in it.
-    pub(crate) fn len(&self) -> usize {
-        self.0.iter().map(|word| word.count_ones() as usize).sum()
+    pub(crate) fn len(self) -> usize {
+        self.0.count_ones() as usize
     }
 
     /// The runs of pages below `pages` that are not in it, as first page and end.
-    pub(crate) fn gaps(&self, pages: usize) -> impl Iterator<Item = (usize, usize)> + '_ {
+    pub(crate) fn gaps(self, pages: usize) -> impl Iterator<Item = (usize, usize)> {
         let mut at = 0;
         std::iter::from_fn(move || {
             while at < pages && self.contains(at) {
@@ -155,23 +157,23 @@ mod tests {
     fn gaps_are_what_is_missing() {
         let mut set = PageSet::default();
         assert_eq!(set.gaps(3).collect::<Vec<_>>(), [(0, 3)]);
-        for page in [0, 1, 5, 63, 64] {
+        for page in [0, 1, 5, 62, 63] {
             set.insert(page);
         }
-        assert_eq!(set.gaps(66).collect::<Vec<_>>(), [(2, 5), (6, 63), (65, 66)]);
+        assert_eq!(set.gaps(64).collect::<Vec<_>>(), [(2, 5), (6, 62)]);
         assert_eq!(set.len(), 5);
     }
 
     #[test]
     fn a_buffer_comes_back_and_may_be_stolen() {
         let buffers = Buffers::new();
-        let (_, most) = KINDS[2];
+        let (_, most) = KINDS[1];
         let mut held: Vec<_> = (0..most).map(|_| buffers.take(MAX_READ, |_| false)).collect();
         held[0].bytes_mut()[MAX_READ - 1] = 1;
         assert_eq!(held[0].bytes().as_ptr() as usize % PAGE_BYTES, 0);
         let held = Mutex::new(held);
         let stolen = buffers.take(MAX_READ, |kind| {
-            assert_eq!(kind, 2);
+            assert_eq!(kind, 1);
             held.lock().pop().is_some()
         });
         assert_eq!(stolen.bytes().len(), MAX_READ);

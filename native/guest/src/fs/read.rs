@@ -56,7 +56,7 @@ impl Tree {
             self.cache.get(&object, first, pages, &mut buffer.bytes_mut()[..pages * PAGE_BYTES])
         });
         let bytes = &mut buffer.bytes_mut()[..pages * PAGE_BYTES];
-        let got = fill_gaps(direct, bytes, asked.offset, &had)?.min(length);
+        let got = fill_gaps(direct, bytes, asked.offset, had)?.min(length);
         let leave = self.leaves_to_evict(&handle.inode, &version);
         if self.victims && (!leave || Version::of(&stat_fd(&handle.inode.fd)?) != version) {
             // Before the answer: once the kernel has the page it may evict it.
@@ -129,7 +129,7 @@ fn read_at(fd: impl AsFd, to: &mut [u8], offset: u64) -> Result<usize, Errno> {
 
 /// Read the pages that are not in `had`. Returns how many bytes from the start of the window are there: fewer than
 /// the window has if the file became shorter.
-fn fill_gaps(direct: &OwnedFd, to: &mut [u8], offset: u64, had: &PageSet) -> Result<usize, Errno> {
+fn fill_gaps(direct: &OwnedFd, to: &mut [u8], offset: u64, had: PageSet) -> Result<usize, Errno> {
     let pages = to.len() / PAGE_BYTES;
     let gaps: Vec<_> = had.gaps(pages).collect();
     let whole;
