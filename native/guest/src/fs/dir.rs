@@ -10,6 +10,7 @@ use super::abi::{self, Dirent, EntryOut, FsyncIn, OpenIn, OpenOut, ReadIn, Relea
 use super::content::note_dropped;
 use super::device::last_error;
 use super::handle::Handle;
+use super::inode::Identity;
 use super::tree::{stat_fd, Call, Done, Tree};
 use super::version::Version;
 
@@ -140,7 +141,9 @@ impl Tree {
             out.extend_from_slice(EntryOut::default().as_bytes());
             // The kernel takes "." and ".." as names only. A file that went away meanwhile has no attributes.
             if name != c"." && name != c".." {
-                if let Ok((inode, stat)) = tree.enter(&parent, name) {
+                let listed = Identity { device: parent.identity.device, inode: entry.ino };
+                let known = tree.inodes.find(&listed).is_some();
+                if let Ok((inode, stat)) = tree.enter(&parent, name, known) {
                     entered.push(inode.node);
                     let told = tree.entry(&inode, &stat);
                     out[at..at + size_of::<EntryOut>()].copy_from_slice(told.as_bytes());

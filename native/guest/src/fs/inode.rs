@@ -82,6 +82,9 @@ impl Inode {
     /// Open it anew. The flags are the caller's, less what is this program's business.
     pub(crate) fn reopen(&self, flags: OFlags) -> Result<OwnedFd, Errno> {
         let flags = (flags | OFlags::CLOEXEC) & !(OFlags::NOFOLLOW | OFlags::CREATE | OFlags::EXCL);
+        if self.kind == libc::S_IFDIR {
+            return rustix::fs::openat(&self.fd, c".", flags, Mode::empty());
+        }
         rustix::fs::open(self.path().as_c_str(), flags, Mode::empty())
     }
 }

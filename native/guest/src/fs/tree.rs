@@ -118,12 +118,20 @@ impl Tree {
         }
     }
 
-    /// Find a name in a directory and take a reference for the kernel.
-    pub(crate) fn enter(&self, parent: &Inode, name: &CStr) -> Result<(Arc<Inode>, Statx), Errno> {
-        let stat = rustix::fs::statx(&parent.fd, name, AtFlags::SYMLINK_NOFOLLOW, STAT)?;
-        // A known inode is held open, so no other file can have its number.
-        if let Some(known) = self.inodes.reference_to(&stat) {
-            return Ok((known, stat));
+    /// Find a name in a directory and take a reference for the kernel. What is probably `known` is looked at first, for
+    /// it need not be opened.
+    pub(crate) fn enter(
+        &self,
+        parent: &Inode,
+        name: &CStr,
+        known: bool,
+    ) -> Result<(Arc<Inode>, Statx), Errno> {
+        if known {
+            let stat = rustix::fs::statx(&parent.fd, name, AtFlags::SYMLINK_NOFOLLOW, STAT)?;
+            // A known inode is held open, so no other file can have its number.
+            if let Some(inode) = self.inodes.reference_to(&stat) {
+                return Ok((inode, stat));
+            }
         }
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(&parent.fd, name, flags, Mode::empty())?;
@@ -146,7 +154,8 @@ impl Tree {
     }
 
     fn reply_entry(&self, call: &mut Call, parent: &Inode, name: &CStr) -> Done {
-        let (inode, stat) = self.enter(parent, name)?;
+        // A kernel that may keep names asks for those that it does not know.
+        let (inode, stat) = self.enter(parent, name, self.trust.lifetime.is_zero())?;
         call.entered.push(inode.node);
         call.reply(&self.entry(&inode, &stat));
         Ok(())
