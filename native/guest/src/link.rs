@@ -241,17 +241,12 @@ impl Link {
         (self.reader, self.writer)
     }
 
-    /// The bare socket without timeouts, for an event loop of one's own. Bytes the host sent already would be lost,
-    /// so nothing may be in flight.
-    pub fn into_socket(mut self) -> Result<OwnedFd, LinkError> {
+    /// The bare socket without timeouts, for an event loop of one's own, and when its receiver is woken. Bytes the
+    /// host sent already would be lost, so nothing may be in flight.
+    pub fn into_socket(mut self) -> Result<(OwnedFd, LowWater), LinkError> {
         // An event loop that ever falls back to a blocking call would take a timeout for a broken connection.
         self.set_timeout(Duration::ZERO)?;
-        let reader = &mut self.reader;
-        reader
-            .low_water
-            .set(&reader.socket, 0)
-            .map_err(|errno| LinkError::Io { awaited: "being woken as usual", source: errno.into() })?;
-        Ok(self.reader.socket.into())
+        Ok((self.reader.socket.into(), self.reader.low_water))
     }
 }
 

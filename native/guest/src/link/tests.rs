@@ -66,7 +66,7 @@ fn hello_carries_the_boot_id_and_settles_limits() {
 }
 
 #[test]
-fn a_socket_that_is_handed_on_wakes_its_reader_for_every_byte() {
+fn a_socket_is_handed_on_with_what_its_reader_waits_for() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     let watched = ours.try_clone().unwrap();
     let peer = thread::spawn(move || {
@@ -88,7 +88,9 @@ fn a_socket_that_is_handed_on_wakes_its_reader_for_every_byte() {
     let hello = hello(Role::Swap, "test").unwrap();
     let mut link = Link::over(OwnedFd::from(ours).into(), &endpoint, &hello, Duration::from_secs(5)).unwrap();
     link.ping().unwrap();
-    let socket = link.into_socket().unwrap();
+    let (socket, mut low_water) = link.into_socket().unwrap();
+    assert_eq!(asked_of(&socket), 20_000);
+    low_water.set(&socket, 0).unwrap();
     assert_eq!(asked_of(&socket), 1);
     drop(peer.join().unwrap());
 }

@@ -13,7 +13,7 @@ use super::host::{Connection, FRAME_BYTES};
 use super::lane::Post;
 use super::shared::Shared;
 use super::table::Place;
-use crate::link::{hello, Backoff, Endpoint, Link, LinkError, LowWater};
+use crate::link::{hello, Backoff, Endpoint, Link, LinkError};
 
 /// Bound of every single step of connecting.
 const STEP: Duration = Duration::from_secs(5);
@@ -103,13 +103,8 @@ impl Connector {
         let session = Session::new(link.limits(), pool, self.endpoint.window_bytes)
             .map_err(|why| LinkError::Io { awaited: "limits that suffice", source: io::Error::other(why) })?;
         let keep_alive = Duration::from_millis(link.limits().keep_alive_ms.into());
-        Ok(Connection {
-            socket: link.into_socket()?,
-            session,
-            write_bytes: self.endpoint.write_bytes,
-            low_water: LowWater::new(&self.endpoint.address),
-            keep_alive,
-        })
+        let (socket, low_water) = link.into_socket()?;
+        Ok(Connection { socket, session, write_bytes: self.endpoint.write_bytes, low_water, keep_alive })
     }
 
     /// Does the host still have what it accepted? If not, say so now and not only when the first page is missed.
