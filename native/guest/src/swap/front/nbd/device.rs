@@ -42,6 +42,8 @@ const REQUEST_TIMEOUT_S: u64 = 30;
 const DEAD_TIMEOUT_S: u64 = 7 * 24 * 3600;
 /// How long the kernel may take to notice that the last server died.
 const RECOVERY: Duration = Duration::from_secs(20);
+/// How long new connections are watched before they are relied on.
+const SETTLE: Duration = Duration::from_millis(50);
 /// What the kernel may send: trims, over several connections. It need not flush: nothing is held back.
 const SERVER_FLAGS: u64 = 1 | 1 << 5 | 1 << 8;
 
@@ -196,15 +198,13 @@ impl Driver {
             let (ours, theirs) = Driver::sockets(queues - taken.len() as u16, &mut message)?;
             self.call(NBD_CMD_RECONFIGURE, &message)?;
             drop(theirs);
-            let before = taken.len();
-            taken.extend(ours.into_iter().filter(|our| !is_closed(our)));
-            if taken.len() == before {
-                if Instant::now() > deadline {
-                    return Err(io::Error::other(
-                        "nbd: the kernel takes no connection in a dead one's place",
-                    ));
-                }
-                std::thread::sleep(Duration::from_millis(20));
+            taken.extend(ours);
+            // What the kernel did not take is closed at once. What it took may be closed a little later: a dead
+            // connection's receiver that notices the end only now takes the new one in its place for its own.
+            std::thread::sleep(SETTLE);
+            taken.retain(|our| !is_closed(our));
+            if taken.len() < queues.into() && Instant::now() > deadline {
+                return Err(io::Error::other("nbd: the kernel takes no connection in a dead one's place"));
             }
         }
         Ok((NbdDevice { number }, taken))
