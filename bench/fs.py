@@ -3,7 +3,8 @@
 Natively on this machine, in one run, in interleaved rounds: every contender does a job before the next job
 begins, and medians are compared. passthrough_hp runs as it comes, with its writeback cache and with names and
 attributes that it never asks about again: it assumes that nobody else changes the directory, which ours does
-not, but for `alone`: ours with `--changes none`, where opens are at issue.
+not, but for `alone`: ours with `--changes none`, where opens are at issue. Reads are `cold` of a file that
+was never read, `warm` if tmem has it, and `lost` if tmem lost it and the guest does not know.
 
 Then, in VMs, how much guest and host hold together (`fs_effective`), and the headline (`fs_vm`). With
 `native`, `effective` or `vm` as argument only that part is measured, and takes the place of that part's
@@ -19,7 +20,7 @@ import statistics
 import subprocess
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import fs_jobs as jobs
@@ -57,6 +58,16 @@ RECORDS = [
         2.0,
     ),
     ("native_randread_warm_vs_lower_cold", "IOPS", "randread_warm", "lower", "randread_cold", "higher", None),
+    ("native_randread_cold_vs_lower", "IOPS", "randread_cold", "lower", "randread_cold", "higher", None),
+    (
+        "native_randread_lost_vs_passthrough_hp",
+        "IOPS",
+        "randread_lost",
+        "passthrough_hp",
+        "randread_cold",
+        "higher",
+        None,
+    ),
     (
         "native_randread_kernel_warm_vs_passthrough_hp",
         "IOPS",
@@ -74,6 +85,15 @@ RECORDS = [
         "seqread_cold",
         "higher",
         1.0,
+    ),
+    (
+        "native_seqread_lost_vs_passthrough_hp",
+        "MB/s",
+        "seqread_lost",
+        "passthrough_hp",
+        "seqread_cold",
+        "higher",
+        None,
     ),
     ("native_seqread_warm_vs_lower_cold", "MB/s", "seqread_warm", "lower", "seqread_cold", "higher", None),
     ("native_write_vs_passthrough_hp", "MB/s", "write", "passthrough_hp", "write", "higher", 1.0),
@@ -118,8 +138,35 @@ RECORDS_ALONE = [
 PARTS = ["native", "effective", "vm"]
 PEERS = ("lower", "passthrough_hp", "ours", "alone")
 """Contenders of jobs that take long; `alone` is ours with `--changes none`."""
+WALKS = 3
+"""Walks in a row: they are short, and differ."""
 READERS = ("lower", "bindfs", "passthrough_hp", "ours")
 """Contenders of reads, which are the same for both of ours."""
+
+
+Note = Callable[[str, str, float], None]
+"""Keeps a job's figure of a contender."""
+
+
+def read_jobs(contenders: Contenders, names: Sequence[str], note: Note) -> None:
+    """Reads, one contender after the other."""
+    roots = contenders.roots
+    for job, run in (("randread", jobs.random_read), ("seqread", jobs.sequential_read)):
+        for name in (name for name in names if name in READERS):
+            contenders.forget_tmem()
+            contenders.renew("data")
+            drop_caches()
+            note(f"{job}_cold", name, run(roots[name]))
+        if job == "randread":
+            for name in ("passthrough_hp", "ours"):
+                subprocess.run(["cat", roots[name] / "data"], stdout=subprocess.DEVNULL, check=True)
+                note(f"{job}_kernel", name, jobs.random_read_again(roots[name]))
+        contenders.fill_tmem(roots["ours"] / "data", jobs.FILE_BYTES // 4096)
+        drop_caches()
+        note(f"{job}_warm", "ours", run(roots["ours"]))
+        contenders.forget_tmem()
+        drop_caches()
+        note(f"{job}_lost", "ours", run(roots["ours"]))
 
 
 def one_round(contenders: Contenders, tarball: Path, samples: Samples, number: int) -> None:
@@ -132,18 +179,7 @@ def one_round(contenders: Contenders, tarball: Path, samples: Samples, number: i
         samples[job, name].append(value)
         print(f"  {job:16} {name:15} {value:12.1f}", flush=True)
 
-    for job, run in (("randread", jobs.random_read), ("seqread", jobs.sequential_read)):
-        for name in (name for name in names if name in READERS):
-            contenders.forget_tmem()
-            drop_caches()
-            note(f"{job}_cold", name, run(roots[name]))
-        if job == "randread":
-            for name in ("passthrough_hp", "ours"):
-                subprocess.run(["cat", roots[name] / "data"], stdout=subprocess.DEVNULL, check=True)
-                note(f"{job}_kernel", name, run(roots[name]))
-        contenders.fill_tmem(roots["ours"] / "data", jobs.FILE_BYTES // 4096)
-        drop_caches()
-        note(f"{job}_warm", "ours", run(roots["ours"]))
+    read_jobs(contenders, names, note)
     for job, run in (("write", jobs.sequential_write), ("write_4k", jobs.small_write)):
         for name in names:
             drop_caches()
@@ -156,9 +192,11 @@ def one_round(contenders: Contenders, tarball: Path, samples: Samples, number: i
         if name in PEERS:
             drop_caches()
             note("tar", name, jobs.unpack(roots[name], tarball))
-            drop_caches()
-            note("walk_cold", name, jobs.walk(roots[name]))
-            note("walk_warm", name, jobs.walk(roots[name]))
+            for _ in range(WALKS):
+                drop_caches()
+                note("walk_cold", name, jobs.walk(roots[name]))
+            for _ in range(WALKS):
+                note("walk_warm", name, jobs.walk(roots[name]))
             jobs.remove(roots[name])
     for name in names:
         if name in PEERS:
@@ -237,9 +275,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of the native part")
     parser.add_argument("--vm-rounds", type=int, default=1)
     parser.add_argument("--way", action="append", choices=fs_vm.WAYS, help="only this way in a VM")
-    parser.add_argument(
-        "--cloud-disk-only", action="store_true", help="in VMs, not the disk as it is as well"
-    )
+    parser.add_argument("--disk", action="append", choices=fs_vm.DISKS, help="only this one in a VM")
     parser.add_argument("--more", action="store_true", help="in VMs, add to the last run's builds")
     parser.add_argument("--option", action="append", default=[], help="option for tmem-guest fs")
     options = parser.parse_args()
@@ -252,11 +288,8 @@ def main() -> None:
     if "native" in options.parts:
         native = measure_native(options.rounds, options.option)
     if "vm" in options.parts:
-        ways = options.way or fs_vm.WAYS
-        measured = fs_vm.measure(
-            options.vm_rounds, ways, unthrottled=not options.cloud_disk_only, more=options.more
-        )
-        headline = fs_vm.records(*measured)
+        ways, on = options.way or fs_vm.WAYS, options.disk or fs_vm.DISKS
+        headline = fs_vm.records(*fs_vm.measure(options.vm_rounds, ways, on, more=options.more))
     if "effective" in options.parts:
         effective = fs_effective.records(fs_effective.measure())
     records = [*native, *effective, *headline]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -127,9 +128,13 @@ class Contenders:
         self._stack.close()
 
     def forget_tmem(self) -> None:
-        """Make tmem empty."""
+        """Make tmem empty. The guest is not told, and asks for what it put."""
         with self.tmemd.admin() as admin:
             admin.flush("bench")
+
+    def renew(self, name: str) -> None:
+        """Make a lower file one that was never read since it was written."""
+        os.utime(self.lower / name)
 
     def fill_tmem(self, path: Path, pages: int) -> None:
         """Read a file of the mount until tmem holds all of it."""

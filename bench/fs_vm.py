@@ -46,6 +46,7 @@ JOBS = 4
 MOUNTS = ("/usr/libexec/gcc", f"{DATA}/linux/include --changes none")
 TARGET = "kernel/time/"
 WAYS = ("no_tmem", "tmem", "host_page_cache")
+DISKS = ("cloud", "unthrottled")
 _VM = "bench-fs"
 _KEPT = DIRECTORY / "fs_builds.json"
 _STEP_S = 180.0
@@ -140,9 +141,9 @@ class Guest:
 
 
 def measure(
-    rounds: int = 1, ways: Sequence[str] = WAYS, *, unthrottled: bool = True, more: bool = False
+    rounds: int = 1, ways: Sequence[str] = WAYS, on: Sequence[str] = DISKS, *, more: bool = False
 ) -> tuple[DiskModel, Builds]:
-    """Boot the guest each way, and build in it.
+    """Boot the guest each way, and build in it, on each disk.
 
     Of ways left out, the last run's builds are taken; with `more`, of all, on the same disk.
     """
@@ -167,7 +168,7 @@ def measure(
                     model = disk_model.measure(up, shell)
                     print(model)
                 guest = Guest(way, up, shell, tmemd)
-                for on_model in (True, False) if unthrottled else (True,):
+                for on_model in (disk == "cloud" for disk in on):
                     done = guest.build(model if on_model else None)
                     builds[way, on_model].append(done)
                     print(f"  {way}, {'cloud disk' if on_model else 'unthrottled'}: {done}", flush=True)
