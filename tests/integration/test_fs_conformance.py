@@ -52,7 +52,7 @@ close_open = 1
 invalidate = 8
 mapread = 10
 mapwrite = 10
-read = 20
+read = {read}
 write = 20
 truncate = 4
 fsync = 1
@@ -60,7 +60,7 @@ fdatasync = 1
 posix_fallocate = 2
 punch_hole = 4
 sendfile = 4
-posix_fadvise = 8
+posix_fadvise = {forget}
 copy_file_range = 5
 """
 
@@ -156,12 +156,13 @@ def test_fsx_reads_what_it_wrote(
     both: tuple[Path, FileCache], tmemd: Tmemd, short_directory: Path, size: int
 ) -> None:
     _, cache = both
-    # Room for a part of the file only, so that the host evicts all the time.
-    with tmemd.admin() as admin:
-        admin.change_vm("a", VmChange(quota_bytes=1 << 20))
     config = short_directory / "fsx.toml"
-    config.write_text(_FSX.format(size=size))
-    for seed in (1, 2, 3):
+    # Room for a part of the file only, so that the host evicts all the time; then for all of it, and hardly a
+    # change, so that pages are sure to come back.
+    for seed, quota_mib, calm in ((1, 1, 1), (2, 1, 1), (3, 16, 200)):
+        with tmemd.admin() as admin:
+            admin.change_vm("a", VmChange(quota_bytes=quota_mib << 20))
+        config.write_text(_FSX.format(size=size, read=20 * calm, forget=8 * calm))
         options = ("-f", config, "-N", "20000", "-S", str(seed), "-P", short_directory)
         done = _run(_tool("fsx"), *options, cache.mount / "fsx")
         assert done.returncode == 0, f"seed {seed}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
