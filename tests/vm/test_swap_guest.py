@@ -27,6 +27,7 @@ MEMORY_MIB = 160
 PROCESSES = 3
 PROCESS_MIB = 60
 DEVICE_MIB = 320
+QUEUES = 2
 QUOTA_BYTES = 160 * MIB
 NEWCOMER_MIB = 96
 SHORT_S = 6.0
@@ -111,6 +112,10 @@ class Trouble:
     def shim_kills(self, seconds: float) -> None:
         """The serving process is killed; another takes over the device, at the first try."""
         until = time.monotonic() + seconds
+        if self.guest.device.startswith("/dev/nbd"):
+            # By their names the next process knows that the kernel is still at the last one's connections.
+            receivers = f"cat /proc/[0-9]*/comm | grep -c +{Path(self.guest.device).name}-recv"
+            assert self.guest.run(receivers) == f"{QUEUES}\n"
         expected = self.guest.status()["restarts"]
         while time.monotonic() < until:
             self.guest.kill_server()
@@ -151,7 +156,7 @@ def mini(module_vms: Vms) -> Iterator[SwapGuest]:
     # kernel changes its own code, which emulated processors do not always see in time.
     up = module_vms.up(
         memory_bytes=MEMORY_MIB * MIB,
-        cpus=2,
+        cpus=QUEUES,
         cmdline="maxcpus=1",
         register=register,
         files={VERIFIER: verifier()},
@@ -165,7 +170,7 @@ def mini(module_vms: Vms) -> Iterator[SwapGuest]:
 @pytest.fixture(scope="module", params=["ublk", "nbd"])
 def trouble(request: pytest.FixtureRequest, module_vms: Vms, mini: SwapGuest) -> Iterator[Trouble]:
     """Swap is on, the programs run. At the end all of their memory is intact, and the shim is gone."""
-    mini.swap_on(request.param, "--queues", "2", size_mib=DEVICE_MIB)
+    mini.swap_on(request.param, "--queues", f"{QUEUES}", size_mib=DEVICE_MIB)
     mini.verify(PROCESSES, PROCESS_MIB)
     yield Trouble(module_vms, mini)
     mini.stop_verifying()

@@ -42,8 +42,8 @@ const REQUEST_TIMEOUT_S: u64 = 30;
 const DEAD_TIMEOUT_S: u64 = 7 * 24 * 3600;
 /// How long the kernel may take to notice that the last server died.
 const RECOVERY: Duration = Duration::from_secs(20);
-/// How long new connections are watched before they are relied on.
-const SETTLE: Duration = Duration::from_millis(50);
+/// How often that is looked at.
+const LOOK: Duration = Duration::from_millis(5);
 /// What the kernel may send: trims, over several connections. It need not flush: nothing is held back.
 const SERVER_FLAGS: u64 = 1 | 1 << 5 | 1 << 8;
 
@@ -182,32 +182,31 @@ impl Driver {
         Ok((NbdDevice { number }, ours))
     }
 
-    /// Give a device whose server died new connections.
-    ///
-    /// The kernel takes no more than it has noticed to be dead, and does not tell how many: it closes the others.
+    /// Give a device whose server died new connections, once the kernel has let go of the old ones.
     pub(in crate::swap) fn recover(
         &mut self,
         number: u32,
         queues: u16,
     ) -> io::Result<(NbdDevice, Vec<OwnedFd>)> {
         let deadline = Instant::now() + RECOVERY;
-        let mut taken = Vec::new();
-        while taken.len() < queues.into() {
-            let mut message = Vec::new();
-            attribute(&mut message, NBD_ATTR_INDEX, &number.to_ne_bytes());
-            let (ours, theirs) = Driver::sockets(queues - taken.len() as u16, &mut message)?;
-            self.call(NBD_CMD_RECONFIGURE, &message)?;
-            drop(theirs);
-            taken.extend(ours);
-            // What the kernel did not take is closed at once. What it took may be closed a little later: a dead
-            // connection's receiver that notices the end only now takes the new one in its place for its own.
-            std::thread::sleep(SETTLE);
-            taken.retain(|our| !is_closed(our));
-            if taken.len() < queues.into() && Instant::now() > deadline {
-                return Err(io::Error::other("nbd: the kernel takes no connection in a dead one's place"));
+        // A receiver that has not come to a dead connection's end takes the next one in its place for its own: it
+        // reads from it, beside the receiver that belongs there, or drops it.
+        while has_receivers(number)? {
+            if Instant::now() > deadline {
+                return Err(io::Error::other("nbd: the kernel does not notice that its server died"));
             }
+            std::thread::sleep(LOOK);
         }
-        Ok((NbdDevice { number }, taken))
+        let mut message = Vec::new();
+        attribute(&mut message, NBD_ATTR_INDEX, &number.to_ne_bytes());
+        let (ours, theirs) = Driver::sockets(queues, &mut message)?;
+        self.call(NBD_CMD_RECONFIGURE, &message)?;
+        drop(theirs);
+        // It closes what it does not take, and does not tell.
+        if ours.iter().any(is_closed) {
+            return Err(io::Error::other("nbd: the kernel takes no connection in a dead one's place"));
+        }
+        Ok((NbdDevice { number }, ours))
     }
 
     /// Remove the device. It must not be in use.
@@ -216,6 +215,19 @@ impl Driver {
         attribute(&mut message, NBD_ATTR_INDEX, &device.number.to_ne_bytes());
         self.call(NBD_CMD_DISCONNECT, &message).map(|_| ())
     }
+}
+
+/// Whether any of the kernel's workers is at a receiver of this device's replies, as their names tell.
+fn has_receivers(number: u32) -> io::Result<bool> {
+    let busy = format!("+nbd{number}-recv");
+    for entry in std::fs::read_dir("/proc")? {
+        // Others than processes have no such file, and a process may end meanwhile.
+        let name = std::fs::read(entry?.path().join("comm")).unwrap_or_default();
+        if name.windows(busy.len()).any(|part| part == busy.as_bytes()) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 impl NbdDevice {
