@@ -271,7 +271,7 @@ def earlier(path: Path) -> list[Record]:
 def main() -> None:
     """Measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all if none is named")
     parser.add_argument("--rounds", type=int, default=3, help="of the native part")
     parser.add_argument("--vm-rounds", type=int, default=1)
     parser.add_argument("--way", action="append", choices=fs_vm.WAYS, help="only this way in a VM")
@@ -279,18 +279,22 @@ def main() -> None:
     parser.add_argument("--more", action="store_true", help="in VMs, add to the last run's builds")
     parser.add_argument("--option", action="append", default=[], help="option for tmem-guest fs")
     options = parser.parse_args()
+    # argparse takes no part at all for a part that is not among the choices.
+    parts = options.parts or PARTS
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     unwind_on_signals()
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     before = earlier(DIRECTORY / "fs.json")
     native = [each for each in before if each.name.startswith(("native_", "daemon_"))]
     effective = [each for each in before if each.name.startswith("effective_")]
     headline = [each for each in before if each not in native and each not in effective]
-    if "native" in options.parts:
+    if "native" in parts:
         native = measure_native(options.rounds, options.option)
-    if "vm" in options.parts:
+    if "vm" in parts:
         ways, on = options.way or fs_vm.WAYS, options.disk or fs_vm.DISKS
         headline = fs_vm.records(*fs_vm.measure(options.vm_rounds, ways, on, more=options.more))
-    if "effective" in options.parts:
+    if "effective" in parts:
         effective = fs_effective.records(fs_effective.measure())
     records = [*native, *effective, *headline]
     print(publish("fs", records))
