@@ -147,7 +147,7 @@ class SwapGuest:
                 time.sleep(_POLL_S)
 
     def log(self) -> str:
-        """What the shim said: to a file while it started, to the kernel's log since. And what the kernel said of it."""
+        """What the shim said, to a file as it started and to the kernel's log since, and the kernel of it."""
         return self.run("cat /run/swap.log; dmesg | grep -e tmem-guest -e nbd | tail -n 40")
 
     # ── programs that use memory ───────────────────────────────────────────────────────────────────────────

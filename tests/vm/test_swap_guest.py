@@ -75,8 +75,8 @@ class Trouble:
     def _newcomer(self) -> Iterator[None]:
         """Somebody fills more than he may have, from before the body until after it.
 
-        The programs soon wait for host pages, and drop what came back and was not written since. What he fills has to
-        be swapped out, whatever they do.
+        The programs soon wait for host pages, and drop what came back and was not written since. What he
+        fills has to be swapped out, whatever they do.
         """
         place, may_have_mib = "/run/newcomer", NEWCOMER_MIB // 4
         options = f"-t tmpfs -o size={NEWCOMER_MIB}M"
