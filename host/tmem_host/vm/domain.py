@@ -42,6 +42,11 @@ class DiskLimits:
         }
 
 
+_DEAR_WHEN_EMULATED = ("la57", "erms", "fsrm")
+"""What an emulated CPU had better not offer. A fifth level of page tables makes every TLB miss dearer. "Fast"
+`rep movsb` and `stosb` make guests copy and clear memory by the byte, each of which QEMU emulates: copying a
+page takes four times as long as by words."""
+
 DiskCache = Literal["unsafe", "none", "writeback"]
 """What the host's page cache does for a disk, in QEMU's words: `unsafe` is a cache that ignores flushes, for
 disks that do not outlive their VM; `none` is no cache, so that the disk costs what a disk costs."""
@@ -138,8 +143,8 @@ def _add_cpu(root: Xml.Element, virt: Virt) -> None:
         _add(root, "cpu", mode="host-passthrough")
     else:
         cpu = _add(root, "cpu", mode="maximum")
-        # A fifth level of page tables would make every emulated TLB miss dearer.
-        _add(cpu, "feature", policy="disable", name="la57")
+        for name in _DEAR_WHEN_EMULATED:
+            _add(cpu, "feature", policy="disable", name=name)
     clock = _add(root, "clock", offset="utc")
     _add(clock, "timer", name="hpet", present="no")
 
