@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import msgspec
 
-from tmem_guest import jsonline, log, memory, mount, pressure, state, swap, wire
+from tmem_guest import jsonline, log, mount, pressure, state, swap, wire
 from tmem_guest.commands import CommandServer, Progress
 from tmem_guest.config import AgentConfig, MountConfig, SwapConfig
 from tmem_guest.errors import AgentError, ExitCode
@@ -194,12 +194,6 @@ class Agent:
         return service
 
     def _new_swap(self, config: SwapConfig) -> SwapService:
-        try:
-            memory.lock()
-        except OSError as error:
-            log.warning(
-                f"cannot lock the agent's memory: {error.strerror}; the guest may hang with it swapped out"
-            )
         self.swap = SwapService(
             config,
             program=self._program,
@@ -302,7 +296,6 @@ class Agent:
                 raise AgentError("swap is not on", hint="tmem-agent swap on", code=ExitCode.NOT_FOUND)
             self._end(service, progress, lazily=False)
             self.swap = None
-            memory.unlock()
             self._save()
             file = Path(service.config.file)
             if not request.get("keep_file"):

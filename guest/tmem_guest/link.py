@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tmem_guest import log, wire
 from tmem_guest.config import parse_endpoint
+from tmem_guest.memory import LockedBuffer
 from tmem_guest.units import format_size
 
 CLIENT = "tmem-agent 0.1"
@@ -23,6 +24,7 @@ CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 15.0
 FIRST_DELAY_S = 0.2
 MAX_DELAY_S = 5.0
+_BUFFER_BYTES = 4096
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -61,6 +63,12 @@ class HostLink(threading.Thread):
         self._interval_s = interval_s
         self._make_report = make_report
         self._on_notice = on_notice
+        self._buffer = LockedBuffer(_BUFFER_BYTES)
+        if self._buffer.error:
+            log.warning(
+                f"cannot lock {_BUFFER_BYTES} bytes of memory: {self._buffer.error};"
+                " with swap on tmem the guest may hang"
+            )
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stopping = False
 
@@ -107,7 +115,7 @@ class HostLink(threading.Thread):
             connection.settimeout(CONNECT_TIMEOUT_S)
             connection.connect(address)
             started = time.monotonic()
-            connection.sendall(wire.hello(0, boot_id(), CLIENT))
+            self._send(connection, wire.hello(0, boot_id(), CLIENT))
             header, body = self._receive(connection, "the answer to HELLO")
             self.hello = self._settle(header, body)
         except BaseException:
@@ -139,15 +147,21 @@ class HostLink(threading.Thread):
             timeout_s = connection.gettimeout() or 0
             raise LinkError(f"no answer within {timeout_s:g} s while waiting for {awaited}") from None
 
-    @staticmethod
-    def _exactly(connection: socket.socket, size: int, awaited: str) -> bytes:
+    def _exactly(self, connection: socket.socket, size: int, awaited: str) -> bytes:
         data = bytearray()
         while len(data) < size:
-            chunk = connection.recv(size - len(data))
-            if not chunk:
+            room = self._buffer.bytes[: size - len(data)]
+            received = connection.recv_into(room)
+            if not received:
                 raise LinkError(f"the host closed the connection while this end was waiting for {awaited}")
-            data += chunk
+            data += room[:received]
         return bytes(data)
+
+    def _send(self, connection: socket.socket, frame: bytes) -> None:
+        for start in range(0, len(frame), _BUFFER_BYTES):
+            part = frame[start : start + _BUFFER_BYTES]
+            self._buffer.bytes[: len(part)] = part
+            connection.sendall(self._buffer.bytes[: len(part)])
 
     def _serve(self, connection: socket.socket) -> None:
         """Report each interval and take what comes, until the connection ends or the agent stops."""
@@ -167,8 +181,8 @@ class HostLink(threading.Thread):
                     )
                 if len(unanswered) < 4:  # a slow host gets fewer reports, not a queue of them
                     tag = tag % 0xFFFF_FFF0 + 2
-                    connection.sendall(wire.report(tag, self._make_report()))
-                    connection.sendall(wire.frame(wire.Op.STATS, tag + 1))
+                    self._send(connection, wire.report(tag, self._make_report()))
+                    self._send(connection, wire.frame(wire.Op.STATS, tag + 1))
                     unanswered[tag] = now
                 next_report = max(next_report + self._interval_s, now)
             wait_s = max(0.0, next_report - time.monotonic())

@@ -9,7 +9,8 @@
 | `service`, `child` | supervision of one `tmem-guest` process |
 | `mount`, `swap` | what is special about file caches and swap: refusals, mkswap, unmounting |
 | `link`, `wire` | the control connection to tmemd |
-| `pressure`, `mounts`, `memory` | what the kernel knows: memory, mount table; mlockall |
+| `pressure`, `mounts` | what the kernel knows: memory, mount table |
+| `memory` | memory that is never swapped out |
 | `commands`, `jsonline`, `state`, `notify`, `log` | sockets, what survives a crash of the agent, systemd |
 """
 

@@ -1,25 +1,27 @@
-"""Keeping the agent's own memory out of swap."""
+"""Memory that is never swapped out."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 
-_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
-def lock() -> None:
-    """Keep every page this process has or will touch in memory (mlockall(2)). Raises OSError.
+class LockedBuffer:
+    """A few bytes that stay in memory (mlock(2)), for what is sent to and received from the host.
 
-    vsock's receiving worker waits for whoever holds a socket, also while that one waits, in the middle of a
-    call, for a page of its own that was swapped out: to tmem, behind the same worker. The guest would hang.
+    vsock's receiving worker waits for whoever holds a socket, also while that one waits, in the middle of
+    `recv()` or `send()`, for a page of its own that was swapped out. If that page is at the host it has to
+    come through the same worker, and nothing on vsock moves any more. With a buffer that is always there, the
+    agent can do without the rest of its memory where the guest has better use for it.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
 
-
-def unlock() -> None:
-    """Undo `lock`."""
-    ctypes.CDLL(None).munlockall()
+    def __init__(self, size: int) -> None:
+        """`size` in bytes. A failure to lock is in `error`; the buffer can be used all the same."""
+        self._memory = mmap.mmap(-1, size)
+        self.bytes = memoryview(self._memory)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        code = ctypes.get_errno() if _libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(size)) else 0
+        self.error = os.strerror(code) if code else ""

@@ -69,23 +69,33 @@ def test_swap_is_one_command(guest: AgentGuest) -> None:
 
 
 def test_the_file_cache_is_not_swapped_out_to_tmem(guest: AgentGuest) -> None:
-    """A page fault while it receives would hold up all of vsock, also the page it waits for: it hung."""
+    """A page fault while it receives would hold up all of vsock, also the page it waits for: it hung.
+
+    The agent is swapped out, all but what it receives into, and goes on reporting.
+    """
     guest.run("tmem-agent swap on --size 128M --file /data/swap.tmem")
     guest.run(
         "head -c 32M /dev/urandom > /data/files/large && sync && sha1sum < /data/files/large > /root/sum"
     )
+    agent = guest.run("systemctl show -P MainPID tmem-agent").strip()
+    before = guest.status()["host"]["reports"]
+    assert isinstance(before, int)
+    swapped = 0
     group = guest.run("echo -n /sys/fs/cgroup$(systemctl show -P ControlGroup tmem-agent)")
     guest.run(f"test -w {group}/memory.reclaim")
     for _ in range(6):
         # Fails unless it gets all of what is asked, and takes what it can all the same.
         guest.run(f"echo '64M swappiness=200' > {group}/memory.reclaim || true")
+        swapped += int(guest.run(f"grep VmSwap /proc/{agent}/status").split()[1])
         guest.run("echo 3 > /proc/sys/vm/drop_caches; sha1sum < /mnt/tmem/large | cmp - /root/sum")
     assert guest.run("grep VmSwap /proc/$(pgrep -f '^@tmem-guest fs')/status").split() == [
         "VmSwap:",
         "0",
         "kB",
     ]
+    assert swapped > 0
     assert guest.counters("host", "stats")["gets_hit"] > 8192, "pages came over vsock"
+    until(lambda: guest.status()["host"]["reports"] not in range(before, before + 6), "the agent reports")
     guest.run("tmem-agent swap off; rm /data/files/large")
 
 
