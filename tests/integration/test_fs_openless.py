@@ -8,6 +8,7 @@ import fcntl
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,14 @@ _APPEND_ONLY = 0x20
 _SETFLAGS = 0x40086602
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+
+
+_WALK = """
+import os, sys
+for root, _, names in os.walk(sys.argv[1]):
+    for name in names:
+        os.lstat(os.path.join(root, name))
+"""
 
 
 @pytest.fixture
@@ -149,3 +158,39 @@ def test_a_file_that_can_only_be_appended_to(cache: FileCache) -> None:
     finally:
         os.close(own)
     assert path.read_bytes() == content_of(9) + b"more"
+
+
+def listed(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_directory_that_was_listed_is_walked_without_asking(cache: FileCache) -> None:
+    walk = [sys.executable, "-c", _WALK, str(cache.mount)]
+    for _ in range(2):
+        # The first listing moves the directory's access time, which is asked for once.
+        subprocess.run(walk, check=True)
+    with stopped(cache):
+        lister = subprocess.Popen(walk)
+        finished = within(5, lambda: lister.poll() is not None)
+    assert finished
+    assert lister.wait(5) == 0
+
+
+def test_listings_follow_what_changes_through_the_mount(cache: FileCache) -> None:
+    """Whoever lists a directory does so over one descriptor that nobody opened."""
+    for number in range(100):
+        (cache.mount / f"made{number}").mkdir()
+        (cache.mount / f"made{number}" / "in").write_bytes(b"")
+        assert f"made{number}" in listed(cache.mount)
+        assert listed(cache.mount / f"made{number}") == ["in"]
+    with os.scandir(cache.mount) as slow:
+        next(slow)
+        # Two who list side by side do not disturb each other.
+        assert len(listed(cache.mount)) == FILES + 100
+        left = {entry.name for entry in slow}
+    assert len(left) == FILES + 100 - 1
+    for number in range(100):
+        (cache.mount / f"made{number}" / "in").unlink()
+        (cache.mount / f"made{number}").rmdir()
+        assert f"made{number}" not in listed(cache.mount)
+    assert listed(cache.mount) == listed(cache.lower)

@@ -29,9 +29,9 @@ pub(crate) struct Listing {
 }
 
 impl Listing {
-    /// Go to an offset the kernel asks for.
+    /// Go to an offset the kernel asks for. Who begins anew must not be told what somebody else left.
     fn seek(&mut self, fd: &OwnedFd, offset: u64) -> Done {
-        if self.offset != offset {
+        if self.offset != offset || offset == 0 {
             self.chunk.clear();
             self.at = 0;
             rustix::fs::seek(fd, rustix::fs::SeekFrom::Start(offset))?;
@@ -88,6 +88,10 @@ fn push_dirent(out: &mut Vec<u8>, entry: &Dirent, name: &[u8]) {
 
 impl Tree {
     pub(crate) fn opendir(&self, call: &mut Call) -> Done {
+        if self.trust.openless {
+            // The kernel does not ask again, and keeps listings.
+            return Err(Errno::NOSYS);
+        }
         let inode = self.target(call)?;
         let _: OpenIn = call.args.take()?;
         // Without reports of changes, the kernel would keep a listing for as long as the directory's time is the
@@ -116,7 +120,7 @@ impl Tree {
 
     pub(crate) fn fsyncdir(&self, call: &mut Call) -> Done {
         let asked: FsyncIn = call.args.take()?;
-        rustix::fs::fsync(self.handles.get(asked.fh)?.reading()?)
+        rustix::fs::fsync(self.handle(call.header.nodeid, asked.fh)?.reading()?)
     }
 
     pub(crate) fn readdir(&self, call: &mut Call) -> Done {
@@ -162,7 +166,7 @@ impl Tree {
         mut push: impl FnMut(&Tree, &mut Vec<u8>, usize, &Dirent, &CStr) -> bool,
     ) -> Done {
         let asked: ReadIn = call.args.take()?;
-        let handle = self.handles.get(asked.fh)?;
+        let handle = self.handle(call.header.nodeid, asked.fh)?;
         if let Some(version) = handle.dropped.lock().take() {
             note_dropped(&handle.inode, version);
         }

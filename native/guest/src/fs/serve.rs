@@ -83,6 +83,9 @@ const WANTED: u64 = init::ASYNC_READ
     | init::INIT_EXT;
 
 /// How long names and attributes are kept where nobody else changes them.
+/// INIT flags of a kernel that can do without asking for files and directories to be opened.
+const OPENLESS: u64 = init::NO_OPEN_SUPPORT | init::NO_OPENDIR_SUPPORT;
+
 const FOREVER: Duration = Duration::from_secs(86_400);
 
 /// The same where others' changes are reported; a bound on how long a lost report can matter.
@@ -118,9 +121,7 @@ fn serve(args: &Args) -> Result<(), FsError> {
     let (lifetime, wanted) = match changes {
         Changes::Watch => (WATCHED, WANTED | init::EXPLICIT_INVAL_DATA | init::CACHE_SYMLINKS),
         Changes::Check => (Duration::ZERO, WANTED | init::AUTO_INVAL_DATA),
-        Changes::None => {
-            (FOREVER, WANTED | init::EXPLICIT_INVAL_DATA | init::CACHE_SYMLINKS | init::NO_OPEN_SUPPORT)
-        }
+        Changes::None => (FOREVER, WANTED | init::EXPLICIT_INVAL_DATA | init::CACHE_SYMLINKS | OPENLESS),
     };
     let device = Device::mount(&mount, &lower_path, restrictions).map_err(|errno| match errno {
         Errno::NOENT | Errno::NODEV | Errno::PERM | Errno::ACCESS => FsError::Fuse(errno),
@@ -144,7 +145,7 @@ fn serve(args: &Args) -> Result<(), FsError> {
             lifetime,
             versions: fine_clock || changes != Changes::Check,
             // Who catches evicted pages learns from opens what the page cache holds.
-            openless: agreed.flags & init::NO_OPEN_SUPPORT != 0 && victims.is_none(),
+            openless: agreed.flags & OPENLESS == OPENLESS && victims.is_none(),
         },
         cache: cache.clone(),
         cacheable: cache.host.is_some(),

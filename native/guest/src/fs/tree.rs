@@ -30,7 +30,7 @@ pub(crate) struct Trust {
     /// Whether every change made behind the mount is sure to show in a file's version: change times are fine
     /// enough, or the changes are reported, or there are none.
     pub(crate) versions: bool,
-    /// Whether the kernel need not ask for regular files to be opened.
+    /// Whether the kernel need not ask for files and directories to be opened.
     pub(crate) openless: bool,
 }
 
