@@ -40,6 +40,13 @@ pub(crate) fn resident_bytes() -> u64 {
     pages * rustix::param::page_size() as u64
 }
 
+/// Whether at least one in `parts` of the machine's pages is used for nothing, not even as cache.
+pub(crate) fn is_unused(parts: u64) -> bool {
+    let told = rustix::system::sysinfo();
+    let (free, total): (u64, u64) = (told.freeram, told.totalram);
+    free >= total / parts
+}
+
 /// The machine's memory, in KiB.
 pub(crate) fn total_kib() -> io::Result<u64> {
     let table = std::fs::read_to_string("/proc/meminfo")?;

@@ -123,6 +123,8 @@ pub(crate) const SETXATTR_ACL_KILL_SGID: u32 = 1 << 0;
 pub(crate) const FSYNC_FDATASYNC: u32 = 1 << 0;
 /// Notification: drop an inode's attributes and, from an offset on, its pages.
 pub(crate) const NOTIFY_INVAL_INODE: i32 = 2;
+/// Notification: these are an inode's pages from an offset on.
+pub(crate) const NOTIFY_STORE: i32 = 4;
 /// Notification: drop a name.
 pub(crate) const NOTIFY_INVAL_ENTRY: i32 = 3;
 
@@ -217,6 +219,7 @@ wire! {
         rdev_major: u32, rdev_minor: u32, dev_major: u32, dev_minor: u32, spare2: [u64; 14],
     }
     NotifyInvalInodeOut { ino: u64, off: i64, len: i64, }
+    NotifyStoreOut { nodeid: u64, offset: u64, size: u32, padding: u32, }
     NotifyInvalEntryOut { parent: u64, namelen: u32, flags: u32, }
 }
 

@@ -91,6 +91,7 @@ impl Tree {
     pub(crate) fn setattr(&self, call: &mut Call) -> Done {
         let inode = self.target(call)?;
         let asked: SetattrIn = call.args.take()?;
+        let Some(_hold) = self.around.hold_for(call, &inode) else { return Ok(()) };
         self.change(&inode, || self.set(call, &inode, &asked))?;
         self.reply_attr(call, &inode, &stat_fd(&inode.fd)?);
         Ok(())

@@ -26,6 +26,8 @@ counters! {
     get_missed_pages,
     /// Pages of files that may not be cached at the moment.
     bypass_pages,
+    /// Pages given to the kernel beside those that it asked for.
+    around_pages,
     /// Pages that the kernel evicted, where those are put.
     evicted_pages,
     /// Pages the host stored.

@@ -132,6 +132,14 @@ impl Device {
         self.answer(0, -abi::NOTIFY_INVAL_INODE, &[body.as_bytes()])
     }
 
+    /// Give the kernel a file's pages from `offset` on; a last one that is not whole must end with the file. Whatever it
+    /// has of them is overwritten. Waits for reads of those pages, so never call it from a thread that serves requests.
+    pub(crate) fn store(&self, node: u64, offset: u64, pages: &[u8]) -> Result<(), Errno> {
+        let size = pages.len() as u32;
+        let body = abi::NotifyStoreOut { nodeid: node, offset, size, padding: 0 };
+        self.answer(0, -abi::NOTIFY_STORE, &[body.as_bytes(), pages])
+    }
+
     /// Tell the kernel to forget a name in a directory.
     pub(crate) fn invalidate_entry(&self, parent: u64, name: &CStr) -> Result<(), Errno> {
         let body = abi::NotifyInvalEntryOut { parent, namelen: name.count_bytes() as u32, flags: 0 };

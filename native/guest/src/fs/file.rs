@@ -2,7 +2,6 @@
 
 use std::io::IoSlice;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, Mode, OFlags};
 use rustix::io::{Errno, ReadWriteFlags};
@@ -13,7 +12,7 @@ use super::abi::{
 };
 use super::device::last_error;
 use super::handle::Handle;
-use super::inode::{FdPath, Inode};
+use super::inode::FdPath;
 use super::tree::{stat_fd, Call, Done, Tree};
 use super::version::Version;
 
@@ -26,10 +25,15 @@ fn lower_flags(flags: u32) -> OFlags {
     flags | OFlags::CLOEXEC
 }
 
+/// Whether a file opened with these flags may be written to.
+fn may_write(flags: u32) -> bool {
+    OFlags::from_bits_retain(flags) & OFlags::RWMODE != OFlags::RDONLY
+}
+
 impl Tree {
-    fn reply_open(&self, call: &mut Call, inode: Arc<Inode>, fd: OwnedFd, keep: bool, now: Option<Version>) {
+    fn reply_open(&self, call: &mut Call, handle: Handle, keep: bool) {
         let open_flags = abi::FOPEN_NOFLUSH | if keep { abi::FOPEN_KEEP_CACHE } else { 0 };
-        let fh = self.handles.insert(Handle::new(inode, fd, now.filter(|_| !keep)));
+        let fh = self.handles.insert(handle);
         call.reply(&OpenOut { fh, open_flags, backing_id: 0 });
     }
 
@@ -40,6 +44,7 @@ impl Tree {
         }
         let inode = self.target(call)?;
         let asked: OpenIn = call.args.take()?;
+        let Some(hold) = self.around.hold_for(call, &inode) else { return Ok(()) };
         // The kernel truncates by SETATTR, after its own checks.
         let fd = inode.reopen(lower_flags(asked.flags) - OFlags::TRUNC)?;
         let now = Version::of(&stat_fd(&fd)?);
@@ -48,7 +53,8 @@ impl Tree {
             // A reader must not stop at the size of before. ENOENT: the kernel does not keep attributes of it.
             let _ = call.device.invalidate_inode(inode.node, -1);
         }
-        self.reply_open(call, inode, fd, keep, Some(now));
+        let hold = Some(hold).filter(|_| may_write(asked.flags));
+        self.reply_open(call, Handle::new(inode, fd, Some(now).filter(|_| !keep), hold), keep);
         Ok(())
     }
 
@@ -70,7 +76,7 @@ impl Tree {
         let (fd, fresh) = fd?;
         let path =
             rustix::fs::open(FdPath::new(&fd).as_c_str(), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-        self.reply_created(call, path, fd, fresh)
+        self.reply_created(call, path, fd, asked.flags, fresh)
     }
 
     pub(crate) fn tmpfile(&self, call: &mut Call) -> Done {
@@ -84,13 +90,15 @@ impl Tree {
             .create(call.caller(), asked.umask, || rustix::fs::open(path.as_c_str(), flags, mode))?;
         let path =
             rustix::fs::open(FdPath::new(&fd).as_c_str(), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-        self.reply_created(call, path, fd, true)
+        self.reply_created(call, path, fd, asked.flags, true)
     }
 
-    fn reply_created(&self, call: &mut Call, path: OwnedFd, fd: OwnedFd, fresh: bool) -> Done {
+    fn reply_created(&self, call: &mut Call, path: OwnedFd, fd: OwnedFd, flags: u32, fresh: bool) -> Done {
         let stat = stat_fd(&path)?;
         let inode = self.inodes.intern(path, &stat);
         call.entered.push(inode.node);
+        // Pages are being stored into what somebody else was faster to create: the kernel tries anew, and will find it.
+        let hold = self.around.hold(&inode).ok_or(Errno::STALE)?;
         if fresh {
             self.note_created(&inode, &Version::of(&stat));
         }
@@ -100,7 +108,8 @@ impl Tree {
             let open_flags = abi::FOPEN_NOFLUSH | abi::FOPEN_KEEP_CACHE;
             call.reply(&OpenOut { fh: 0, open_flags, backing_id: 0 });
         } else {
-            self.reply_open(call, inode, fd, false, None);
+            let hold = Some(hold).filter(|_| may_write(flags));
+            self.reply_open(call, Handle::new(inode, fd, None, hold), false);
         }
         Ok(())
     }

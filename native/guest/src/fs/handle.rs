@@ -7,6 +7,7 @@ use parking_lot::{Mutex, RwLock};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
+use super::around::Hold;
 use super::dir::Listing;
 use super::inode::Inode;
 use super::version::Version;
@@ -35,12 +36,19 @@ pub(crate) struct Handle {
     pub(crate) dropped: Mutex<Option<Version>>,
     /// For directories: where the listing stands.
     pub(crate) listing: Mutex<Listing>,
+    /// What may be written to keeps its pages from being stored unasked.
+    _hold: Option<Hold>,
 }
 
 impl Handle {
-    /// A handle on an open lower descriptor.
-    pub(crate) fn new(inode: Arc<Inode>, fd: OwnedFd, dropped: Option<Version>) -> Handle {
-        Handle::with(inode, Lower::Opened(fd), dropped)
+    /// A handle on an open lower descriptor; with a `hold` if it is open for writing.
+    pub(crate) fn new(
+        inode: Arc<Inode>,
+        fd: OwnedFd,
+        dropped: Option<Version>,
+        hold: Option<Hold>,
+    ) -> Handle {
+        Handle { _hold: hold, ..Handle::with(inode, Lower::Opened(fd), dropped) }
     }
 
     /// A handle whose lower descriptors are opened when they are wanted.
@@ -56,6 +64,7 @@ impl Handle {
             direct: OnceLock::new(),
             dropped: Mutex::new(dropped),
             listing: Mutex::default(),
+            _hold: None,
         }
     }
 

@@ -52,8 +52,10 @@ pub(crate) struct Content {
     /// Since when, in nanoseconds of the monotonic clock, all that the kernel's page cache got of the file came from
     /// reads of the version `cached`; `None` if not all did. Only kept where evicted pages are put.
     pub(crate) pure_since: Option<NonZeroU64>,
-    /// Changes through the mount that are under way.
-    pub(crate) changes: u32,
+    /// Changes through the mount that are under way; no more than there are threads.
+    pub(crate) changes: u8,
+    /// Who keeps pages from being stored unasked, see [`super::around`].
+    pub(crate) holds: u32,
 }
 
 /// A file the kernel knows.
@@ -193,6 +195,19 @@ impl Inodes {
     /// The inode a `statx` tells of, if it is known, with one more reference.
     pub(crate) fn reference_to(&self, stat: &Statx) -> Option<Arc<Inode>> {
         self.reference(&self.0.read(), &Identity::of(stat))
+    }
+
+    /// Take one more reference to an inode that the kernel knows, so that its node id stays its own until
+    /// [`Inodes::forget`]; `false` if the kernel has just forgotten it.
+    pub(crate) fn keep(&self, inode: &Inode) -> bool {
+        let slots = self.0.read();
+        let slot = slots.by_identity.get(&inode.identity);
+        let found = slot.and_then(|&slot| slots.inodes[slot as usize].as_deref());
+        let known = found.is_some_and(|found| std::ptr::eq(found, inode));
+        if known {
+            inode.references.fetch_add(1, Ordering::Relaxed);
+        }
+        known
     }
 
     // References grow under at least the read lock and reach zero under the write lock only, so an inode that is

@@ -13,6 +13,7 @@
 //! | [`tree`], [`attr`], [`dir`], [`file`], [`xattr`], [`ioctl`] | the operations, by what they are about |
 //! | [`inode`], [`handle`], [`caller`] | files the kernel knows, open files, acting as the caller |
 //! | [`read`], [`buffer`] | a page cache miss, from request to background put |
+//! | [`around`] | pages read beside the one that was asked for, stored into the page cache |
 //! | [`content`], [`version`] | which version of a file is cached where, and when to believe it |
 //! | [`cache`], [`put`], [`presence`] | pages in tmem: gets, background puts, what is worth asking for |
 //! | [`victim`] | pages that the kernel evicts, where a BPF program can catch them |
@@ -27,6 +28,7 @@
 #![allow(clippy::cast_possible_wrap)]
 
 mod abi;
+mod around;
 mod attr;
 mod buffer;
 mod cache;

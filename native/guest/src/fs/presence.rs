@@ -43,8 +43,13 @@ impl Presence {
 
     /// Whether a page is worth asking for.
     pub(crate) fn likely(&self, key: &Key) -> bool {
+        self.has(key) || self.doubt.load(Ordering::Relaxed) > 0
+    }
+
+    /// Whether the host stored a page while this program ran, and is not known to have lost it.
+    pub(crate) fn has(&self, key: &Key) -> bool {
         let (word, bit) = slot(key);
-        self.words[word].load(Ordering::Relaxed) & bit != 0 || self.doubt.load(Ordering::Relaxed) > 0
+        self.words[word].load(Ordering::Relaxed) & bit != 0
     }
 
     /// The host stored a page.

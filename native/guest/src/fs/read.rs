@@ -8,15 +8,17 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{AtFlags, OFlags, Statx, StatxFlags};
 use rustix::io::Errno;
-use tmem_wire::PAGE_BYTES;
+use tmem_wire::{Key, ObjectId, PAGE_BYTES};
 
 use super::abi::ReadIn;
-use super::buffer::PageSet;
+use super::around::{Span, Window};
+use super::buffer::{Buffer, PageSet};
 use super::cache::Put;
 use super::content::note_dropped;
 use super::counters::count;
 use super::device::MAX_READ;
 use super::handle::Handle;
+use super::inode::Inode;
 use super::tree::{stat_fd, Call, Done, Tree, STAT};
 use super::version::Version;
 
@@ -55,10 +57,21 @@ impl Tree {
         let had = first.map_or_else(PageSet::default, |first| {
             self.cache.get(&object, first, pages, &mut buffer.bytes_mut()[..pages * PAGE_BYTES])
         });
+        if let Some(index) = first.filter(|_| pages == 1 && had.len() == 0 && !is_direct(&asked)) {
+            let key = Key { object, index };
+            if let Some(span) = self.span_around(&key, version.size) {
+                return self.read_around(
+                    call,
+                    &Missed { handle: &handle, direct, version, key },
+                    &span,
+                    buffer,
+                );
+            }
+        }
         let bytes = &mut buffer.bytes_mut()[..pages * PAGE_BYTES];
         let got = fill_gaps(direct, bytes, asked.offset, had)?.min(length);
         let leave = self.leaves_to_evict(&handle.inode, &version);
-        if self.victims && (!leave || Version::of(&stat_fd(&handle.inode.fd)?) != version) {
+        if self.victims && (!leave || !is_at(&handle.inode, &version)) {
             // Before the answer: once the kernel has the page it may evict it.
             self.note_mixed(&handle.inode);
         }
@@ -73,23 +86,74 @@ impl Tree {
         let Some(first) = first.filter(|_| wanted) else {
             return Ok(());
         };
-        if Version::of(&stat_fd(&handle.inode.fd)?) != version {
+        if self.may_put(&handle.inode, &version, object) {
+            // Beyond the end of the file a disk block may hold anything.
+            buffer.bytes_mut()[length..pages * PAGE_BYTES].fill(0);
+            self.cache.put(Put { buffer, object, first, pages, had });
+        }
+        Ok(())
+    }
+
+    /// Read the pages around one, answer with the one, and have the others given to the kernel and all put.
+    fn read_around(&self, call: &mut Call, missed: &Missed, span: &Span, mut buffer: Buffer) -> Done {
+        let (inode, version, object) = (&missed.handle.inode, missed.version, missed.key.object);
+        let offset = u64::from(span.first) * PAGE_BYTES as u64;
+        let whole = span.pages * PAGE_BYTES;
+        let bytes = usize::try_from(version.size - offset).map_or(whole, |left| left.min(whole));
+        let got = read_at(missed.direct, &mut buffer.bytes_mut()[..whole], offset)?.min(bytes);
+        let at = (missed.key.index - span.first) as usize * PAGE_BYTES;
+        // Until it is answered the kernel knows the file.
+        let kept = got == bytes && self.inodes.keep(inode);
+        call.send(&buffer.bytes()[at.min(got)..(at + PAGE_BYTES).min(got)]);
+        count(&self.cache.counters.miss_pages, 1);
+        if !kept {
             return Ok(());
         }
-        let old = handle.inode.content.lock().object.replace(object);
+        if !self.may_put(inode, &version, object) {
+            self.drop_references(inode.node, 1);
+            return Ok(());
+        }
+        buffer.bytes_mut()[bytes..whole].fill(0);
+        let put = Put { buffer, object, first: span.first, pages: span.pages, had: span.had };
+        self.store_later(Window { inode: inode.clone(), version, bytes, put });
+        Ok(())
+    }
+
+    /// Whether pages that were read under `version` may be put as `object`: it is still the file's version. What was
+    /// put before as another object is forgotten.
+    fn may_put(&self, inode: &Inode, version: &Version, object: ObjectId) -> bool {
+        if !is_at(inode, version) {
+            return false;
+        }
+        let old = inode.content.lock().object.replace(object);
         if let Some(old) = old.filter(|old| *old != object) {
             self.cache.forget(old);
         }
-        // Beyond the end of the file a disk block may hold anything.
-        buffer.bytes_mut()[length..pages * PAGE_BYTES].fill(0);
-        self.cache.put(Put { buffer, object, first, pages, had });
-        Ok(())
+        true
     }
 
     /// Whether pages read from now on may be cached under this version.
     fn is_settled(&self, version: &Version) -> bool {
         self.fine_clock || version.settled()
     }
+}
+
+/// A page that the kernel's page cache and the host lack.
+struct Missed<'h> {
+    handle: &'h Handle,
+    direct: &'h OwnedFd,
+    version: Version,
+    key: Key,
+}
+
+/// Whether it is still the version of the file.
+pub(crate) fn is_at(inode: &Inode, version: &Version) -> bool {
+    stat_fd(&inode.fd).is_ok_and(|stat| Version::of(&stat) == *version)
+}
+
+/// Whether the caller reads past the page cache.
+fn is_direct(asked: &ReadIn) -> bool {
+    OFlags::from_bits_retain(asked.flags).contains(OFlags::DIRECT)
 }
 
 /// The descriptor for direct reads, if the lower file system has such a thing for this file.

@@ -14,6 +14,7 @@ use tmem_wire::{PoolCreate, PoolKind, Role};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::abi::{init, ROOT_ID};
+use super::around::{self, Around};
 use super::buffer::Buffers;
 use super::cache::{Cache, Host};
 use super::counters::Counters;
@@ -82,10 +83,10 @@ const WANTED: u64 = init::ASYNC_READ
     | init::SETXATTR_EXT
     | init::INIT_EXT;
 
-/// How long names and attributes are kept where nobody else changes them.
 /// INIT flags of a kernel that can do without asking for files and directories to be opened.
 const OPENLESS: u64 = init::NO_OPEN_SUPPORT | init::NO_OPENDIR_SUPPORT;
 
+/// How long names and attributes are kept where nobody else changes them.
 const FOREVER: Duration = Duration::from_secs(86_400);
 
 /// The same where others' changes are reported; a bound on how long a lost report can matter.
@@ -137,6 +138,8 @@ fn serve(args: &Args) -> Result<(), FsError> {
         host.pool = pool(args, &lower_path, true);
         Some(victims)
     });
+    // Elsewhere changes are promised to be seen at once, or nobody tells who may write, or what the page cache holds.
+    let around = host.is_some() && changes == Changes::Watch && victims.is_none();
     let cache = Arc::new(Cache::new(host, Arc::new(Counters::default())));
     let tree = Arc::new(Tree {
         inodes,
@@ -149,6 +152,7 @@ fn serve(args: &Args) -> Result<(), FsError> {
         },
         cache: cache.clone(),
         cacheable: cache.host.is_some(),
+        around: Around::new(around),
         victims: victims.is_some(),
         fine_clock,
         buffers: Buffers::new(),
@@ -160,6 +164,14 @@ fn serve(args: &Args) -> Result<(), FsError> {
     if let Some(watch) = watch {
         let (tree, device) = (tree.clone(), device.another().map_err(FsError::Fuse)?);
         spawn("tmem-watch", move || watch.run(&tree, &device))?;
+    }
+    if around {
+        let (tree, device) = (tree.clone(), device.another().map_err(FsError::Fuse)?);
+        spawn("tmem-around", move || {
+            if let Err(error) = around::run(&tree, &device) {
+                log::debug!("no pages are stored any more: {error}");
+            }
+        })?;
     }
     let workers = Workers::start(args.threads.clamp(1, 64), &tree, device)?;
     if let Err(error) = device::set_read_ahead(&mount) {
@@ -387,7 +399,7 @@ impl Workers {
         for (n, device) in devices.into_iter().enumerate() {
             let (tree, left, done) = (tree.clone(), workers.left.clone(), workers.done.clone());
             spawn(&format!("tmem-fuse-{n}"), move || {
-                if let Err(error) = worker::run(&tree, &device) {
+                if let Err(error) = worker::run(&tree, &Arc::new(device)) {
                     log::error!("a worker ended: {error}");
                 }
                 if left.fetch_sub(1, Ordering::AcqRel) == 1 {

@@ -13,6 +13,7 @@ use super::abi::{
     self, Args, BatchForgetIn, EntryOut, ForgetIn, ForgetOne, InHeader, LinkIn, MkdirIn, MknodIn, Rename2In,
     RenameIn,
 };
+use super::around::Around;
 use super::attr;
 use super::buffer::Buffers;
 use super::cache::Cache;
@@ -50,6 +51,8 @@ pub(crate) struct Tree {
     pub(crate) victims: bool,
     /// Whether no two changes of a file can have one change time, however close they are, once it was looked at.
     pub(crate) fine_clock: bool,
+    /// Pages read around those that were asked for.
+    pub(crate) around: Around,
     /// Memory for reads.
     pub(crate) buffers: Arc<Buffers>,
 }
@@ -58,6 +61,8 @@ pub(crate) struct Tree {
 pub(crate) struct Call<'w> {
     /// The request's header.
     pub(crate) header: InHeader,
+    /// All of the request.
+    pub(crate) request: &'w [u8],
     /// Its arguments.
     pub(crate) args: Args<'w>,
     /// The answer's body, empty at first.
@@ -67,8 +72,8 @@ pub(crate) struct Call<'w> {
     /// What this thread may do.
     pub(crate) rights: &'w Rights,
     /// Where the answer goes.
-    pub(crate) device: &'w Device,
-    /// Whether the answer is on its way already.
+    pub(crate) device: &'w Arc<Device>,
+    /// Whether the answer is on its way already, or somebody else's business.
     pub(crate) sent: bool,
 }
 

@@ -11,54 +11,77 @@ use super::device::{Device, REQUEST_BYTES};
 use super::tree::{is_answered, Call, Done, Tree};
 
 /// Serve requests until the file system is unmounted.
-pub(crate) fn run(tree: &Arc<Tree>, device: &Device) -> Done {
-    let rights = Rights::of_this_thread()?;
+pub(crate) fn run(tree: &Arc<Tree>, device: &Arc<Device>) -> Done {
+    let mut server = Server::new(Rights::of_this_thread()?);
     let mut request = vec![0; REQUEST_BYTES];
-    let mut out = Vec::with_capacity(8192);
-    let mut entered = Vec::new();
     loop {
-        let length = match device.receive(&mut request) {
-            Ok(length) => length,
-            Err(Errno::NODEV) => return Ok(()),
-            Err(error) => return Err(error),
+        let served = match device.receive(&mut request) {
+            Ok(length) => server.serve(tree, device, &request[..length]),
+            Err(error) => Err(error),
         };
-        let Ok((header, body)) = InHeader::read_from_prefix(&request[..length]) else {
+        match served {
+            Err(Errno::NODEV) => return Ok(()),
+            other => other?,
+        }
+    }
+}
+
+/// What a thread serves requests with.
+pub(crate) struct Server {
+    rights: Rights,
+    out: Vec<u8>,
+    entered: Vec<u64>,
+}
+
+impl Server {
+    /// For the thread that has these rights.
+    pub(crate) fn new(rights: Rights) -> Server {
+        Server { rights, out: Vec::with_capacity(8192), entered: Vec::new() }
+    }
+
+    /// Serve a request and answer it. An error says that the file system cannot be served any more, `ENODEV` that it
+    /// was unmounted.
+    pub(crate) fn serve(&mut self, tree: &Arc<Tree>, device: &Arc<Device>, request: &[u8]) -> Done {
+        let Ok((header, body)) = InHeader::read_from_prefix(request) else {
             return Err(Errno::PROTO);
         };
+        let (out, entered) = (&mut self.out, &mut self.entered);
         out.clear();
         entered.clear();
         // Extensions (security contexts, supplementary groups) are only sent to those who ask for them.
         let mut call = Call {
             header,
+            request,
             args: Args::new(body),
-            out: &mut out,
-            entered: &mut entered,
-            rights: &rights,
+            out,
+            entered,
+            rights: &self.rights,
             device,
             sent: false,
         };
         let opcode = Opcode::from_code(header.opcode);
         let done = opcode.map_or(Err(Errno::NOSYS), |opcode| serve(tree, opcode, &mut call));
         if call.sent || opcode.is_some_and(|opcode| !is_answered(opcode)) {
-            continue;
+            return Ok(());
         }
         let answered = match done {
-            Ok(()) => device.answer(header.unique, 0, &[&out]),
+            Ok(()) => device.answer(header.unique, 0, &[out]),
             Err(error) => {
-                forget(tree, &mut entered);
+                forget(tree, entered);
                 device.answer(header.unique, error.raw_os_error(), &[])
             }
         };
         match answered {
             // The caller was interrupted: the kernel did not learn of these nodes.
-            Err(Errno::NOENT) => forget(tree, &mut entered),
-            Err(Errno::NODEV) => return Ok(()),
+            Err(Errno::NOENT) => forget(tree, entered),
+            Err(Errno::NODEV) => return Err(Errno::NODEV),
             Err(error) => log::warn!("the kernel refused an answer to {opcode:?}: {error}"),
             Ok(()) => {}
         }
         if out.capacity() > 1 << 16 {
-            out = Vec::with_capacity(8192);
+            *out = Vec::with_capacity(8192);
         }
+        Ok(())
     }
 }
 

@@ -1,0 +1,238 @@
+//! Read-around: pages beside the one that was asked for, given to the kernel unasked.
+//!
+//! For a file that is read at random the kernel asks for single pages, and a disk takes about as long for four. Where
+//! the host has much of the neighbourhood already, so that more of it is likely to be wanted, and memory is idle in
+//! the guest, the pages around a miss are read with it and stored into the page cache by a notification.
+//!
+//! Such a store overwrites whatever the page cache has, so it must be sure that this is nothing newer:
+//!
+//! * While a file is open for writing nothing is stored into it: its pages may be dirty. `Content::holds` counts.
+//! * While pages are being stored, requests to open or to truncate the file are put off; the storing thread serves
+//!   them when it is done. They do not wait in the threads that serve requests: the store waits for reads of its
+//!   pages, and somebody must be left to serve those.
+//! * Between, the file is looked at before and after: pages of a version that others changed are dropped again.
+//! * The kernel's node keeps a reference while its pages wait, for node ids are used again.
+//!
+//! docs/file-cache.md says why this shows nobody stale data.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use parking_lot::{Condvar, Mutex};
+use rustix::io::Errno;
+use tmem_wire::{Key, PAGE_BYTES};
+
+use super::buffer::PageSet;
+use super::cache::Put;
+use super::caller::Rights;
+use super::counters::count;
+use super::device::Device;
+use super::inode::Inode;
+use super::read::is_at;
+use super::tree::{Call, Tree};
+use super::version::Version;
+use super::worker::Server;
+use crate::memory;
+
+/// Pages read in the place of one, aligned to as many.
+pub(crate) const WINDOW: usize = 4;
+/// Of so many pages around a miss, aligned, ...
+const NEIGHBOURHOOD: u32 = 64;
+/// ... so many must be at the host.
+const KNOWN: usize = 8;
+/// One in so many of the guest's pages must be unused: pages that nobody asked for should not drive others out.
+const UNUSED: u64 = 8;
+/// Windows that may wait to be stored. They hold buffers that readers need.
+const WAITING: usize = 16;
+
+/// Pages to be read together.
+pub(crate) struct Span {
+    /// Index of the first.
+    pub(crate) first: u32,
+    /// How many.
+    pub(crate) pages: usize,
+    /// Those that the host has.
+    pub(crate) had: PageSet,
+}
+
+/// Pages of one file's version, read around one that was asked for.
+pub(crate) struct Window {
+    /// The file. A reference is held for it.
+    pub(crate) inode: Arc<Inode>,
+    /// Its version.
+    pub(crate) version: Version,
+    /// Bytes of it in the buffer.
+    pub(crate) bytes: usize,
+    /// The pages, as they are to be put to the host afterwards.
+    pub(crate) put: Put,
+}
+
+#[derive(Default)]
+struct State {
+    waiting: VecDeque<Window>,
+    /// The node whose pages are being stored; no node has the id 0.
+    storing: u64,
+    /// Requests put off meanwhile, each with the device that it came from and that its answer belongs to.
+    put_off: Vec<(Arc<Device>, Vec<u8>)>,
+}
+
+/// What waits to be stored, and who waits for that.
+pub(crate) struct Around {
+    /// Whether pages may be stored at all.
+    enabled: bool,
+    state: Mutex<State>,
+    wake: Condvar,
+}
+
+/// Keeps pages from being stored into a file for as long as it exists.
+pub(crate) struct Hold(Option<Arc<Inode>>);
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        if let Some(inode) = &self.0 {
+            inode.content.lock().holds -= 1;
+        }
+    }
+}
+
+impl Around {
+    /// Nothing waits yet. Without `enabled`, nothing ever will.
+    pub(crate) fn new(enabled: bool) -> Around {
+        Around { enabled, state: Mutex::default(), wake: Condvar::new() }
+    }
+
+    /// Keep pages from being stored into `inode`; `None` while some are.
+    pub(crate) fn hold(&self, inode: &Arc<Inode>) -> Option<Hold> {
+        if !self.enabled || inode.kind != libc::S_IFREG {
+            return Some(Hold(None));
+        }
+        self.hold_or_put_off(inode, None)
+    }
+
+    /// The same for a request; while pages are being stored it is put off, and served later by another thread.
+    pub(crate) fn hold_for(&self, call: &mut Call, inode: &Arc<Inode>) -> Option<Hold> {
+        if !self.enabled || inode.kind != libc::S_IFREG {
+            return Some(Hold(None));
+        }
+        let hold = self.hold_or_put_off(inode, Some(call));
+        call.sent |= hold.is_none();
+        hold
+    }
+
+    fn hold_or_put_off(&self, inode: &Arc<Inode>, call: Option<&Call>) -> Option<Hold> {
+        let mut state = self.state.lock();
+        if state.storing == inode.node {
+            state.put_off.extend(call.map(|call| (call.device.clone(), call.request.to_vec())));
+            return None;
+        }
+        inode.content.lock().holds += 1;
+        drop(state);
+        Some(Hold(Some(inode.clone())))
+    }
+
+    /// Have a window stored and put some time later; gives it back if too many wait.
+    fn offer(&self, window: Window) -> Result<(), Window> {
+        let mut state = self.state.lock();
+        if state.waiting.len() == WAITING {
+            return Err(window);
+        }
+        state.waiting.push_back(window);
+        drop(state);
+        self.wake.notify_one();
+        Ok(())
+    }
+
+    fn next(&self) -> Window {
+        let mut state = self.state.lock();
+        loop {
+            if let Some(window) = state.waiting.pop_front() {
+                return window;
+            }
+            self.wake.wait(&mut state);
+        }
+    }
+
+    /// Begin to store pages of this version; `false` if that must not be.
+    fn begin(&self, window: &Window) -> bool {
+        let mut state = self.state.lock();
+        let content = window.inode.content.lock();
+        // With another size than the version's, the kernel would take the end of the pages for the end of the file.
+        let free = content.holds == 0 && content.changes == 0 && content.told == Some(window.version);
+        if free {
+            state.storing = window.inode.node;
+        }
+        free
+    }
+
+    /// What was put off meanwhile.
+    fn end(&self) -> Vec<(Arc<Device>, Vec<u8>)> {
+        let mut state = self.state.lock();
+        state.storing = 0;
+        std::mem::take(&mut state.put_off)
+    }
+}
+
+impl Tree {
+    /// What to read in place of a page that the kernel and the host lack, of a file of so many bytes; `None` if only
+    /// the page itself is worth reading.
+    pub(crate) fn span_around(&self, key: &Key, file_bytes: u64) -> Option<Span> {
+        if !self.around.enabled || !self.cache.accepts() {
+            return None;
+        }
+        let has = |index| self.cache.presence.has(&Key { index, ..*key });
+        let first = key.index - key.index % WINDOW as u32;
+        let left = file_bytes.div_ceil(PAGE_BYTES as u64).checked_sub(first.into())?;
+        let pages = usize::try_from(left).map_or(WINDOW, |left| left.min(WINDOW));
+        let mut had = PageSet::default();
+        for page in (0..pages).filter(|&page| has(first + page as u32)) {
+            had.insert(page);
+        }
+        // The last possible index ends a neighbourhood.
+        let start = key.index - key.index % NEIGHBOURHOOD;
+        let known = || (start..=start + (NEIGHBOURHOOD - 1)).filter(|&index| has(index)).take(KNOWN).count();
+        let worth = pages - had.len() > 1 && known() == KNOWN && memory::is_unused(UNUSED);
+        worth.then_some(Span { first, pages, had })
+    }
+
+    /// Store the window into the page cache, and put it to the host, some time later.
+    pub(crate) fn store_later(&self, window: Window) {
+        if let Err(window) = self.around.offer(window) {
+            self.drop_references(window.inode.node, 1);
+            self.cache.put(window.put);
+        }
+    }
+
+    fn store(&self, window: &Window, device: &Device) -> Result<(), Errno> {
+        let (inode, offset) = (&window.inode, u64::from(window.put.first) * PAGE_BYTES as u64);
+        if !is_at(inode, &window.version) {
+            return Ok(());
+        }
+        device.store(inode.node, offset, &window.put.buffer.bytes()[..window.bytes])?;
+        if is_at(inode, &window.version) {
+            count(&self.cache.counters.around_pages, window.put.missing() - 1);
+            return Ok(());
+        }
+        device.invalidate_inode(inode.node, offset as i64)
+    }
+}
+
+/// Store what waits, for as long as the process lives.
+pub(crate) fn run(tree: &Arc<Tree>, device: &Device) -> Result<(), Errno> {
+    let mut server = Server::new(Rights::of_this_thread()?);
+    loop {
+        let window = tree.around.next();
+        if tree.around.begin(&window) {
+            match tree.store(&window, device) {
+                // The kernel has forgotten the file, or has no memory for its pages.
+                Ok(()) | Err(Errno::NOENT | Errno::NOMEM) => {}
+                Err(error) => log::debug!("the kernel took no pages around a read: {error}"),
+            }
+            for (answers_to, request) in tree.around.end() {
+                server.serve(tree, &answers_to, &request)?;
+            }
+        }
+        let Window { inode, put, .. } = window;
+        tree.cache.put(put);
+        tree.drop_references(inode.node, 1);
+    }
+}
