@@ -69,6 +69,9 @@ def test_accelerator_and_cpu_go_together() -> None:
     on_kvm = _xml(_domain(virt="kvm"))
     assert on_kvm.get("type") == "kvm"
     assert on_kvm.find("cpu[@mode='host-passthrough']") is not None
+    assert on_kvm.find("cpu/feature") is None
+    off = _xml(_domain()).findall("cpu/feature[@policy='disable']")
+    assert {"erms", "fsrm"} <= {feature.get("name") for feature in off}, "copied byte by byte"
 
 
 def test_disks_are_in_order_and_limited_as_asked() -> None:

@@ -22,7 +22,7 @@ use parking_lot::{Condvar, Mutex};
 use rustix::io::Errno;
 use tmem_wire::{Key, PAGE_BYTES};
 
-use super::buffer::PageSet;
+use super::buffer::{PageSet, SMALL};
 use super::cache::Put;
 use super::caller::Rights;
 use super::counters::count;
@@ -36,6 +36,7 @@ use crate::memory;
 
 /// Pages read in the place of one, aligned to as many.
 pub(crate) const WINDOW: usize = 4;
+const _: () = assert!(WINDOW * PAGE_BYTES <= SMALL, "a window is read into the buffer of its page");
 /// Of so many pages around a miss, aligned, ...
 const NEIGHBOURHOOD: u32 = 64;
 /// ... so many must be at the host.

@@ -9,9 +9,12 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::device::MAX_READ;
 
+/// Bytes of the smallest buffers, those for random reads.
+pub(crate) const SMALL: usize = 16 << 10;
+
 /// Sizes of buffers in bytes, and how many of each there may be: for random reads, and for the kernel's read-ahead. A
 /// few serve the readers, the rest wait to be put.
-const KINDS: [(usize, usize); 2] = [(16 << 10, 64), (MAX_READ, 10)];
+const KINDS: [(usize, usize); 2] = [(SMALL, 64), (MAX_READ, 10)];
 
 /// How long to wait for a buffer before looking for one to steal again.
 const RETRY: Duration = Duration::from_millis(2);

@@ -88,7 +88,7 @@ fn push_dirent(out: &mut Vec<u8>, entry: &Dirent, name: &[u8]) {
 
 impl Tree {
     pub(crate) fn opendir(&self, call: &mut Call) -> Done {
-        if self.trust.openless {
+        if self.trust.openless_directories {
             // The kernel does not ask again, and keeps listings.
             return Err(Errno::NOSYS);
         }

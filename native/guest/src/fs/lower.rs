@@ -11,9 +11,15 @@ use super::inode::FdPath;
 use super::tree::stat_fd;
 use super::version::Version;
 
+/// What `statfs` tells of file systems.
+const EXT4: u64 = 0xef53;
+const XFS: u64 = 0x5846_5342;
+const OVERLAY: u64 = 0x794c_7630;
 /// File systems whose change times tell every change, and whose direct reads wait for writers and write dirty pages
-/// back first (docs/file-cache.md): ext4, XFS, and an overlay of such.
-const RELIABLE: [u64; 3] = [0xef53, 0x5846_5342, 0x794c_7630];
+/// back first (docs/file-cache.md).
+const RELIABLE: [u64; 3] = [EXT4, XFS, OVERLAY];
+/// File systems whose listings have the same places for everybody who opens a directory, whatever changes in it.
+const LISTED_IN_PLACE: [u64; 2] = [EXT4, XFS];
 /// How often the clock is tried. On a kernel with coarse change times some of so many changes share one.
 const CLOCK_TRIALS: usize = 32;
 
@@ -27,6 +33,8 @@ pub(crate) struct Lower {
     pub(crate) flags: MountFlags,
     /// Whether its file system is one of [`RELIABLE`].
     pub(crate) reliable: bool,
+    /// Whether its file system is one of [`LISTED_IN_PLACE`].
+    pub(crate) listed_in_place: bool,
     /// Whether two changes of a file never share a change time if the file was looked at in between.
     pub(crate) fine_clock: bool,
 }
@@ -51,7 +59,8 @@ impl Lower {
         let kind = rustix::fs::fstatfs(&root)?.f_type as u64;
         let fine_clock = has_fine_clock(&root).unwrap_or(false);
         let flags = restrictions(rustix::fs::fstatvfs(&root)?.f_flag);
-        Ok(Lower { root, stat, flags, reliable: RELIABLE.contains(&kind), fine_clock })
+        let (reliable, listed_in_place) = (RELIABLE.contains(&kind), LISTED_IN_PLACE.contains(&kind));
+        Ok(Lower { root, stat, flags, reliable, listed_in_place, fine_clock })
     }
 }
 

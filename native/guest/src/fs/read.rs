@@ -57,15 +57,11 @@ impl Tree {
         let had = first.map_or_else(PageSet::default, |first| {
             self.cache.get(&object, first, pages, &mut buffer.bytes_mut()[..pages * PAGE_BYTES])
         });
-        if let Some(index) = first.filter(|_| pages == 1 && had.len() == 0 && !is_direct(&asked)) {
+        if let Some(index) = first.filter(|_| size == PAGE_BYTES && had.len() == 0 && !is_direct(&asked)) {
             let key = Key { object, index };
             if let Some(span) = self.span_around(&key, version.size) {
-                return self.read_around(
-                    call,
-                    &Missed { handle: &handle, direct, version, key },
-                    &span,
-                    buffer,
-                );
+                let missed = Missed { handle: &handle, direct, version, key };
+                return self.read_around(call, &missed, &span, buffer);
             }
         }
         let bytes = &mut buffer.bytes_mut()[..pages * PAGE_BYTES];

@@ -83,9 +83,6 @@ const WANTED: u64 = init::ASYNC_READ
     | init::SETXATTR_EXT
     | init::INIT_EXT;
 
-/// INIT flags of a kernel that can do without asking for files and directories to be opened.
-const OPENLESS: u64 = init::NO_OPEN_SUPPORT | init::NO_OPENDIR_SUPPORT;
-
 /// How long names and attributes are kept where nobody else changes them.
 const FOREVER: Duration = Duration::from_secs(86_400);
 
@@ -115,14 +112,15 @@ fn serve(args: &Args) -> Result<(), FsError> {
     if host.is_some() && matches!(args.endpoint.address, Address::Vsock { .. }) {
         stay_resident();
     }
-    let (device_of_lower, restrictions, fine_clock) =
-        (Identity::of(&lower.stat).device, lower.flags, lower.fine_clock);
+    let (device_of_lower, restrictions, fine_clock, listed_in_place) =
+        (Identity::of(&lower.stat).device, lower.flags, lower.fine_clock, lower.listed_in_place);
     let inodes = Inodes::new(lower.root, &lower.stat);
     let (changes, watch) = watch(args.changes, &inodes, &lower_path)?;
+    let openless = init::NO_OPEN_SUPPORT | if listed_in_place { init::NO_OPENDIR_SUPPORT } else { 0 };
     let (lifetime, wanted) = match changes {
         Changes::Watch => (WATCHED, WANTED | init::EXPLICIT_INVAL_DATA | init::CACHE_SYMLINKS),
         Changes::Check => (Duration::ZERO, WANTED | init::AUTO_INVAL_DATA),
-        Changes::None => (FOREVER, WANTED | init::EXPLICIT_INVAL_DATA | init::CACHE_SYMLINKS | OPENLESS),
+        Changes::None => (FOREVER, WANTED | init::EXPLICIT_INVAL_DATA | init::CACHE_SYMLINKS | openless),
     };
     let device = Device::mount(&mount, &lower_path, restrictions).map_err(|errno| match errno {
         Errno::NOENT | Errno::NODEV | Errno::PERM | Errno::ACCESS => FsError::Fuse(errno),
@@ -148,7 +146,8 @@ fn serve(args: &Args) -> Result<(), FsError> {
             lifetime,
             versions: fine_clock || changes != Changes::Check,
             // Who catches evicted pages learns from opens what the page cache holds.
-            openless: agreed.flags & OPENLESS == OPENLESS && victims.is_none(),
+            openless: agreed.flags & init::NO_OPEN_SUPPORT != 0 && victims.is_none(),
+            openless_directories: agreed.flags & init::NO_OPENDIR_SUPPORT != 0,
         },
         cache: cache.clone(),
         cacheable: cache.host.is_some(),

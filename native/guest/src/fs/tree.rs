@@ -31,8 +31,10 @@ pub(crate) struct Trust {
     /// Whether every change made behind the mount is sure to show in a file's version: change times are fine
     /// enough, or the changes are reported, or there are none.
     pub(crate) versions: bool,
-    /// Whether the kernel need not ask for files and directories to be opened.
+    /// Whether the kernel need not ask for regular files to be opened.
     pub(crate) openless: bool,
+    /// Whether it need not ask for directories to be opened.
+    pub(crate) openless_directories: bool,
 }
 
 /// A mounted directory.
@@ -116,7 +118,7 @@ impl Tree {
 
     /// What the kernel names by a node and the number of an open file, 0 if it did not ask to open it.
     pub(crate) fn handle(&self, node: u64, number: u64) -> Result<Arc<Handle>, Errno> {
-        if number == 0 && self.trust.openless {
+        if number == 0 && (self.trust.openless || self.trust.openless_directories) {
             Ok(self.handles.standing(&self.inodes.get(node)?))
         } else {
             self.handles.get(number)
