@@ -140,6 +140,8 @@ PEERS = ("lower", "passthrough_hp", "ours", "alone")
 """Contenders of jobs that take long; `alone` is ours with `--changes none`."""
 WALKS = 3
 """Walks in a row: they are short, and differ."""
+COLD_READS = 3
+"""The same for reads from the disk, whose own speed varies; contenders take turns."""
 READERS = ("lower", "bindfs", "passthrough_hp", "ours")
 """Contenders of reads, which are the same for both of ours."""
 
@@ -152,7 +154,8 @@ def read_jobs(contenders: Contenders, names: Sequence[str], note: Note) -> None:
     """Reads, one contender after the other."""
     roots = contenders.roots
     for job, run in (("randread", jobs.random_read), ("seqread", jobs.sequential_read)):
-        for name in (name for name in names if name in READERS):
+        readers = [name for name in names if name in READERS]
+        for name in readers * COLD_READS:
             contenders.forget_tmem()
             contenders.renew("data")
             drop_caches()

@@ -4,8 +4,8 @@ A Debian guest builds a part of the kernel with `make -j4`. Its memory holds nei
 their program and the sources for long; it swaps, and reads files again that it evicted:
 
 * `no_tmem`: disks past the host's page cache (`cache=none`), a swap file on one of them;
-* `tmem`: the same disks, `tmem-agent swap on`, and `tmem-agent mount` over the compiler's directory and over
-  the sources' headers;
+* `tmem`: the same disks, `tmem-agent swap on`, and `tmem-agent mount` over /usr, with the compiler and all it
+  needs, and over the sources' headers, which nobody changes behind the mounts;
 * `host_page_cache`: the first way with `cache=writeback`.
 
 Each once on the cloud disk of `disk_model` and once on the disk as it is. Guests, tmem and the host's page
@@ -43,7 +43,7 @@ SWAP_MIB = 256
 QUOTA_MIB = 256
 CPUS = 2
 JOBS = 4
-MOUNTS = ("/usr/libexec/gcc", f"{DATA}/linux/include --changes none")
+MOUNTS = ("/usr --changes none", f"{DATA}/linux/include --changes none")
 TARGET = "kernel/time/"
 WAYS = ("no_tmem", "tmem", "host_page_cache")
 DISKS = ("cloud", "unthrottled")

@@ -117,6 +117,21 @@ class Pair:
 
         self.both(f"read {name} {at}", action)
 
+    def read_singly(self) -> None:
+        """Single pages at random, as they are read around."""
+        name = self.name()
+        places = [self.chance.randrange(LARGEST) & ~4095 for _ in range(20)]
+
+        def action(root: Path) -> object:
+            fd = os.open(root / name, os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+            try:
+                return [blake2b(os.pread(fd, 4096, at)).digest() for at in places]
+            finally:
+                os.close(fd)
+
+        self.both(f"read single pages of {name}", action)
+
     def read_all(self) -> None:
         name = self.name()
         self.both(f"read all of {name}", lambda root: (root / name).read_bytes())
@@ -252,7 +267,8 @@ def short(told: object) -> str:
 
 
 OPERATIONS: list[tuple[Callable[[Pair], None], int]] = [
-    (Pair.read, 12),
+    (Pair.read, 8),
+    (Pair.read_singly, 6),
     (Pair.read_all, 6),
     (Pair.map_read, 4),
     (Pair.drop, 12),

@@ -1,8 +1,8 @@
 //! Read-around: pages beside the one that was asked for, given to the kernel unasked.
 //!
-//! For a file that is read at random the kernel asks for single pages, and a disk takes about as long for four. Where
-//! the host has much of the neighbourhood already, so that more of it is likely to be wanted, and memory is idle in
-//! the guest, the pages around a miss are read with it and stored into the page cache by a notification.
+//! For a file that is read at random the kernel asks for single pages, and host and disk take about as long for four.
+//! Where the host has much of the neighbourhood already, so that more of it is likely to be wanted, and memory is idle
+//! in the guest, the pages around one are read with it and stored into the page cache by a notification.
 //!
 //! Such a store overwrites whatever the page cache has, so it must be sure that this is nothing newer:
 //!
@@ -16,6 +16,7 @@
 //! docs/file-cache.md says why this shows nobody stale data.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 
 use parking_lot::{Condvar, Mutex};
@@ -52,8 +53,17 @@ pub(crate) struct Span {
     pub(crate) first: u32,
     /// How many.
     pub(crate) pages: usize,
-    /// Those that the host has.
-    pub(crate) had: PageSet,
+}
+
+impl Span {
+    /// The pages of which this is so, by their indices.
+    pub(crate) fn pages_where(&self, so: impl Fn(u32) -> bool) -> PageSet {
+        let mut pages = PageSet::default();
+        for page in (0..self.pages).filter(|&page| so(self.first + page as u32)) {
+            pages.insert(page);
+        }
+        pages
+    }
 }
 
 /// Pages of one file's version, read around one that was asked for.
@@ -62,8 +72,8 @@ pub(crate) struct Window {
     pub(crate) inode: Arc<Inode>,
     /// Its version.
     pub(crate) version: Version,
-    /// Bytes of it in the buffer.
-    pub(crate) bytes: usize,
+    /// Which bytes of the buffer are its own: whole pages, and the end of the file.
+    pub(crate) there: Range<usize>,
     /// The pages, as they are to be put to the host afterwards.
     pub(crate) put: Put,
 }
@@ -132,15 +142,15 @@ impl Around {
     }
 
     /// Have a window stored and put some time later; gives it back if too many wait.
-    fn offer(&self, window: Window) -> Result<(), Window> {
+    fn offer(&self, window: Window) -> Option<Window> {
         let mut state = self.state.lock();
         if state.waiting.len() == WAITING {
-            return Err(window);
+            return Some(window);
         }
         state.waiting.push_back(window);
         drop(state);
         self.wake.notify_one();
-        Ok(())
+        None
     }
 
     fn next(&self) -> Window {
@@ -174,46 +184,51 @@ impl Around {
 }
 
 impl Tree {
-    /// What to read in place of a page that the kernel and the host lack, of a file of so many bytes; `None` if only
-    /// the page itself is worth reading.
+    /// What to read in place of a page that the kernel lacks, of a file of so many bytes; `None` if only the page itself
+    /// is worth reading.
     pub(crate) fn span_around(&self, key: &Key, file_bytes: u64) -> Option<Span> {
         if !self.around.enabled || !self.cache.accepts() {
             return None;
         }
-        let has = |index| self.cache.presence.has(&Key { index, ..*key });
         let first = key.index - key.index % WINDOW as u32;
         let left = file_bytes.div_ceil(PAGE_BYTES as u64).checked_sub(first.into())?;
         let pages = usize::try_from(left).map_or(WINDOW, |left| left.min(WINDOW));
-        let mut had = PageSet::default();
-        for page in (0..pages).filter(|&page| has(first + page as u32)) {
-            had.insert(page);
-        }
         // The last possible index ends a neighbourhood.
         let start = key.index - key.index % NEIGHBOURHOOD;
-        let known = || (start..=start + (NEIGHBOURHOOD - 1)).filter(|&index| has(index)).take(KNOWN).count();
-        let worth = pages - had.len() > 1 && known() == KNOWN && memory::is_unused(UNUSED);
-        worth.then_some(Span { first, pages, had })
+        let known = (start..=start + (NEIGHBOURHOOD - 1))
+            .filter(|&index| self.cache.presence.has(&Key { index, ..*key }))
+            .take(KNOWN)
+            .count();
+        (known == KNOWN && memory::is_unused(UNUSED)).then_some(Span { first, pages })
     }
 
     /// Store the window into the page cache, and put it to the host, some time later.
     pub(crate) fn store_later(&self, window: Window) {
-        if let Err(window) = self.around.offer(window) {
-            self.drop_references(window.inode.node, 1);
-            self.cache.put(window.put);
+        if let Some(window) = self.around.offer(window) {
+            self.give_up(window);
         }
     }
 
+    /// What is left to do with a window, stored or not.
+    fn give_up(&self, window: Window) {
+        if window.put.missing() > 0 {
+            self.cache.put(window.put);
+        }
+        self.drop_references(window.inode.node, 1);
+    }
+
     fn store(&self, window: &Window, device: &Device) -> Result<(), Errno> {
-        let (inode, offset) = (&window.inode, u64::from(window.put.first) * PAGE_BYTES as u64);
+        let (inode, bytes) = (&window.inode, &window.put.buffer.bytes()[window.there.clone()]);
+        let offset = u64::from(window.put.first) * PAGE_BYTES as u64 + window.there.start as u64;
         if !is_at(inode, &window.version) {
             return Ok(());
         }
-        device.store(inode.node, offset, &window.put.buffer.bytes()[..window.bytes])?;
-        if is_at(inode, &window.version) {
-            count(&self.cache.counters.around_pages, window.put.missing() - 1);
-            return Ok(());
+        let stored = device.store(inode.node, offset, bytes);
+        if !is_at(inode, &window.version) {
+            // Also after a failure, which may have come after the first page.
+            return device.invalidate_inode(inode.node, offset as i64);
         }
-        device.invalidate_inode(inode.node, offset as i64)
+        stored.map(|()| count(&self.cache.counters.around_pages, bytes.len().div_ceil(PAGE_BYTES) - 1))
     }
 }
 
@@ -232,8 +247,6 @@ pub(crate) fn run(tree: &Arc<Tree>, device: &Device) -> Result<(), Errno> {
                 server.serve(tree, &answers_to, &request)?;
             }
         }
-        let Window { inode, put, .. } = window;
-        tree.cache.put(put);
-        tree.drop_references(inode.node, 1);
+        tree.give_up(window);
     }
 }

@@ -14,7 +14,7 @@ pub(crate) const SMALL: usize = 16 << 10;
 
 /// Sizes of buffers in bytes, and how many of each there may be: for random reads, and for the kernel's read-ahead. A
 /// few serve the readers, the rest wait to be put.
-const KINDS: [(usize, usize); 2] = [(SMALL, 64), (MAX_READ, 10)];
+const KINDS: [(usize, usize); 2] = [(SMALL, 48), (MAX_READ, 10)];
 
 /// How long to wait for a buffer before looking for one to steal again.
 const RETRY: Duration = Duration::from_millis(2);
@@ -136,6 +136,13 @@ impl PageSet {
         self.0.count_ones() as usize
     }
 
+    /// The run of pages that this one is in.
+    pub(crate) fn run(self, page: usize) -> std::ops::Range<usize> {
+        let before = (!self.0 << (63 - page)).leading_zeros() as usize;
+        let from = (!(self.0 >> page)).trailing_zeros() as usize;
+        page + 1 - before.min(page + 1)..page + from
+    }
+
     /// The runs of pages below `pages` that are not in it, as first page and end.
     pub(crate) fn gaps(self, pages: usize) -> impl Iterator<Item = (usize, usize)> {
         let mut at = 0;
@@ -165,6 +172,10 @@ mod tests {
         }
         assert_eq!(set.gaps(64).collect::<Vec<_>>(), [(2, 5), (6, 62)]);
         assert_eq!(set.len(), 5);
+        assert_eq!(
+            [set.run(0), set.run(1), set.run(5), set.run(62), set.run(63)],
+            [0..2, 0..2, 5..6, 62..64, 62..64]
+        );
     }
 
     #[test]

@@ -58,7 +58,7 @@ impl Tree {
             return true;
         }
         content.cached = None;
-        content.dropping = Some(*now).filter(|version| self.trusted(version));
+        content.dropping = Some(*now).filter(|version| self.trusted(version)).map(Box::new);
         false
     }
 
@@ -103,8 +103,9 @@ pub(crate) fn note_told(inode: &Inode, stat: &Statx) {
 /// kernel has from now on is of that version or newer.
 pub(crate) fn note_dropped(inode: &Inode, version: Version) {
     let mut content = inode.content.lock();
-    if content.changes == 0 && content.dropping == Some(version) {
-        content.cached = content.dropping.take();
+    if content.changes == 0 && content.dropping.as_deref() == Some(&version) {
+        content.dropping = None;
+        content.cached = Some(version);
         content.pure_since = NonZeroU64::new(monotonic_ns());
     }
 }

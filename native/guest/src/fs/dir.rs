@@ -145,7 +145,7 @@ impl Tree {
             out.extend_from_slice(EntryOut::default().as_bytes());
             // The kernel takes "." and ".." as names only. A file that went away meanwhile has no attributes.
             if name != c"." && name != c".." {
-                let listed = Identity { device: parent.identity.device, inode: entry.ino };
+                let listed = Identity { device: parent.name.identity.device, inode: entry.ino };
                 let known = tree.inodes.find(&listed).is_some();
                 if let Ok((inode, stat)) = tree.enter(&parent, name, known) {
                     entered.push(inode.node);

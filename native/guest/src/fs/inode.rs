@@ -44,7 +44,8 @@ pub(crate) struct Content {
     pub(crate) cached: Option<Version>,
     /// The version at which an open last made the kernel drop its pages. It becomes `cached` once that has surely
     /// happened, which the first read through the opened handle shows: until then another open must not keep them.
-    pub(crate) dropping: Option<Version>,
+    /// Few files are between the two.
+    pub(crate) dropping: Option<Box<Version>>,
     /// The version whose size and times the kernel was told last.
     pub(crate) told: Option<Version>,
     /// The object that pages were put under last, to be flushed once the file changes.
@@ -64,9 +65,7 @@ pub(crate) struct Inode {
     pub(crate) node: u64,
     /// An `O_PATH` descriptor.
     pub(crate) fd: OwnedFd,
-    /// Its identity.
-    pub(crate) identity: Identity,
-    /// What never changes about its name in tmem.
+    /// What never changes about its name in tmem, and its identity.
     pub(crate) name: ObjectName,
     /// `S_IFMT` bits.
     pub(crate) kind: u32,
@@ -181,7 +180,6 @@ impl Inodes {
         let inode = Arc::new(Inode {
             node: u64::from(slot) + 1,
             fd,
-            identity,
             name: ObjectName::of(stat),
             kind: u32::from(stat.stx_mode) & libc::S_IFMT,
             content: Mutex::default(),
@@ -201,7 +199,7 @@ impl Inodes {
     /// [`Inodes::forget`]; `false` if the kernel has just forgotten it.
     pub(crate) fn keep(&self, inode: &Inode) -> bool {
         let slots = self.0.read();
-        let slot = slots.by_identity.get(&inode.identity);
+        let slot = slots.by_identity.get(&inode.name.identity);
         let found = slot.and_then(|&slot| slots.inodes[slot as usize].as_deref());
         let known = found.is_some_and(|found| std::ptr::eq(found, inode));
         if known {
@@ -241,7 +239,7 @@ impl Inodes {
             return None;
         }
         let inode = slots.inodes[slot].take()?;
-        slots.by_identity.remove(&inode.identity);
+        slots.by_identity.remove(&inode.name.identity);
         slots.free.push(slot as u32);
         if slots.by_identity.is_empty() || slots.by_identity.capacity() > 8 * slots.by_identity.len() + 1024 {
             // A walk over a large tree should not leave its memory behind.

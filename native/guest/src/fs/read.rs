@@ -54,16 +54,16 @@ impl Tree {
         let object = handle.inode.name.object(&version);
         let first = u32::try_from(asked.offset / PAGE_BYTES as u64).ok();
         let first = first.filter(|first| self.cacheable && first.checked_add(pages as u32).is_some());
+        if let Some(index) = first.filter(|_| size == PAGE_BYTES && !is_direct(&asked)) {
+            let key = Key { object, index };
+            if let Some(span) = self.span_around(&key, version.size) {
+                let page = Page { handle: &handle, direct, version, key };
+                return self.read_around(call, &page, &span, buffer);
+            }
+        }
         let had = first.map_or_else(PageSet::default, |first| {
             self.cache.get(&object, first, pages, &mut buffer.bytes_mut()[..pages * PAGE_BYTES])
         });
-        if let Some(index) = first.filter(|_| size == PAGE_BYTES && had.len() == 0 && !is_direct(&asked)) {
-            let key = Key { object, index };
-            if let Some(span) = self.span_around(&key, version.size) {
-                let missed = Missed { handle: &handle, direct, version, key };
-                return self.read_around(call, &missed, &span, buffer);
-            }
-        }
         let bytes = &mut buffer.bytes_mut()[..pages * PAGE_BYTES];
         let got = fill_gaps(direct, bytes, asked.offset, had)?.min(length);
         let leave = self.leaves_to_evict(&handle.inode, &version);
@@ -90,28 +90,46 @@ impl Tree {
         Ok(())
     }
 
-    /// Read the pages around one, answer with the one, and have the others given to the kernel and all put.
-    fn read_around(&self, call: &mut Call, missed: &Missed, span: &Span, mut buffer: Buffer) -> Done {
-        let (inode, version, object) = (&missed.handle.inode, missed.version, missed.key.object);
+    /// Read the pages around one, from the host if it has that one, and else from the lower file. Answer with the one, and
+    /// have the others given to the kernel, and put if they came from the file.
+    fn read_around(&self, call: &mut Call, page: &Page, span: &Span, mut buffer: Buffer) -> Done {
+        let (inode, version, key) = (&page.handle.inode, page.version, page.key);
         let offset = u64::from(span.first) * PAGE_BYTES as u64;
         let whole = span.pages * PAGE_BYTES;
         let bytes = usize::try_from(version.size - offset).map_or(whole, |left| left.min(whole));
-        let got = read_at(missed.direct, &mut buffer.bytes_mut()[..whole], offset)?.min(bytes);
-        let at = (missed.key.index - span.first) as usize * PAGE_BYTES;
+        let asked = (key.index - span.first) as usize;
+        let mut had = PageSet::default();
+        if self.cache.presence.likely(&key) {
+            had = self.cache.get(&key.object, span.first, span.pages, &mut buffer.bytes_mut()[..whole]);
+        }
+        let hit = had.contains(asked);
+        let there = if hit {
+            let run = had.run(asked);
+            run.start * PAGE_BYTES..(run.end * PAGE_BYTES).min(bytes)
+        } else {
+            had = span.pages_where(|index| self.cache.presence.has(&Key { index, ..key }));
+            0..read_at(page.direct, &mut buffer.bytes_mut()[..whole], offset)?.min(bytes)
+        };
+        let answer = asked * PAGE_BYTES..(asked + 1) * PAGE_BYTES;
+        let whole_answer = there.start <= answer.start && answer.end.min(bytes) <= there.end;
         // Until it is answered the kernel knows the file.
-        let kept = got == bytes && self.inodes.keep(inode);
-        call.send(&buffer.bytes()[at.min(got)..(at + PAGE_BYTES).min(got)]);
-        count(&self.cache.counters.miss_pages, 1);
+        let kept = whole_answer && there.len() > PAGE_BYTES && self.inodes.keep(inode);
+        call.send(&buffer.bytes()[answer.start.min(there.end)..answer.end.min(there.end)]);
+        let counters = &self.cache.counters;
+        count(if hit { &counters.hit_pages } else { &counters.miss_pages }, 1);
         if !kept {
             return Ok(());
         }
-        if !self.may_put(inode, &version, object) {
+        if !hit && (there.end < bytes || !self.may_put(inode, &version, key.object)) {
             self.drop_references(inode.node, 1);
             return Ok(());
         }
+        if hit {
+            had = span.pages_where(|_| true);
+        }
         buffer.bytes_mut()[bytes..whole].fill(0);
-        let put = Put { buffer, object, first: span.first, pages: span.pages, had: span.had };
-        self.store_later(Window { inode: inode.clone(), version, bytes, put });
+        let put = Put { buffer, object: key.object, first: span.first, pages: span.pages, had };
+        self.store_later(Window { inode: inode.clone(), version, there, put });
         Ok(())
     }
 
@@ -134,8 +152,8 @@ impl Tree {
     }
 }
 
-/// A page that the kernel's page cache and the host lack.
-struct Missed<'h> {
+/// A page that the kernel's page cache lacks.
+struct Page<'h> {
     handle: &'h Handle,
     direct: &'h OwnedFd,
     version: Version,

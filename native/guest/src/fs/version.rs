@@ -12,6 +12,8 @@ use rustix::time::{clock_gettime, ClockId};
 use tmem_wire::ObjectId;
 use xxhash_rust::xxh3::xxh3_128;
 
+use super::inode::Identity;
+
 /// How old a change time must be before pages are cached under it. Change times advance with the timer tick, 10 ms
 /// at most (HZ=100); twice that leaves room for the tick's own delay.
 pub(crate) const SETTLE: Duration = Duration::from_millis(25);
@@ -71,26 +73,22 @@ impl Version {
 /// it from a later file with the same inode number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ObjectName {
-    device: u64,
-    inode: u64,
+    /// Device and inode number.
+    pub(crate) identity: Identity,
     birth: Time,
 }
 
 impl ObjectName {
     /// The name a `statx` with the time of birth tells.
     pub(crate) fn of(stat: &Statx) -> ObjectName {
-        ObjectName {
-            device: (u64::from(stat.stx_dev_major) << 32) | u64::from(stat.stx_dev_minor),
-            inode: stat.stx_ino,
-            birth: Time::of(&stat.stx_btime),
-        }
+        ObjectName { identity: Identity::of(stat), birth: Time::of(&stat.stx_btime) }
     }
 
     /// The object that holds the pages of `version`: the XXH3-128 of name and version.
     pub(crate) fn object(&self, version: &Version) -> ObjectId {
         let words = [
-            self.device,
-            self.inode,
+            self.identity.device,
+            self.identity.inode,
             self.birth.seconds() as u64,
             self.birth.nanoseconds().into(),
             version.ctime.seconds() as u64,

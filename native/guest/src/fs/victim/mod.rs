@@ -103,7 +103,7 @@ fn gather(tree: &Tree, lower: u64, run: &mut Option<Run>, evicted: &Evicted<'_>)
         return;
     }
     if let Some(run) = run {
-        if run.inode.identity.inode == evicted.inode
+        if run.inode.name.identity.inode == evicted.inode
             && evicted.index == run.first + run.pages as u64
             && run.pages < RUN
         {
