@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from tmem_host.vm import payload
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE_BYTES = 4096
+SETTLE_S = 0.06
+"""After this, pages of a changed file may be cached."""
 
 
 def program() -> Path:
@@ -90,6 +93,13 @@ def forget(path: Path) -> None:
         os.close(fd)
 
 
+def open_at_random(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a file so that the kernel reads nothing ahead."""
+    fd = os.open(path, flags)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    return fd
+
+
 def run(*command: str | Path) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
@@ -129,6 +139,13 @@ def lower_directory(kind: str, directory: Path) -> Iterator[Path]:
             if subprocess.run(["umount", path], capture_output=True, check=False).returncode != 0:
                 run("umount", "-l", path)
         image.unlink(missing_ok=True)
+
+
+@contextmanager
+def fresh_lower_directory(kind: str) -> Iterator[Path]:
+    """The same, with everything that belongs to it in a place of its own."""
+    with tempfile.TemporaryDirectory(prefix="tmem-fs-") as name, lower_directory(kind, Path(name)) as lower:
+        yield lower
 
 
 def has(program_name: str) -> bool:

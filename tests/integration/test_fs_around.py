@@ -5,20 +5,24 @@ from __future__ import annotations
 import mmap
 import os
 import random
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from framework.daemon import Tmemd
-from integration.fs_mount import PAGE_BYTES, FileCache, forget, lower_directory
+from integration.fs_mount import (
+    PAGE_BYTES,
+    SETTLE_S,
+    FileCache,
+    forget,
+    fresh_lower_directory,
+    open_at_random,
+)
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
-SETTLE_S = 0.06
 WINDOW = 4
 """Pages that are read in the place of one."""
 NEIGHBOURHOOD = 64
@@ -28,9 +32,8 @@ KNOWN = 8
 
 @pytest.fixture(scope="module")
 def lower() -> Iterator[Path]:
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tmem-around-")))
-        yield stack.enter_context(lower_directory("ext4", directory))
+    with fresh_lower_directory("ext4") as directory:
+        yield directory
 
 
 @pytest.fixture
@@ -38,13 +41,6 @@ def cache(tmemd: Tmemd, lower: Path, tmp_path: Path) -> Iterator[FileCache]:
     with FileCache(tmp_path, lower, endpoint=f"unix:{tmemd.vm_socket('a')}") as mounted:
         mounted.wait_for("connected", 1)
         yield mounted
-
-
-def open_at_random(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Open a file so that the kernel reads nothing ahead."""
-    fd = os.open(path, flags)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-    return fd
 
 
 def page_of(fd: int, index: int) -> bytes:

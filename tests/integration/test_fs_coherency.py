@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,23 +15,20 @@ from pathlib import Path
 
 import pytest
 from framework.daemon import Tmemd
-from integration.fs_mount import PAGE_BYTES, FileCache, forget, has, lower_directory
+from integration.fs_mount import PAGE_BYTES, SETTLE_S, FileCache, forget, fresh_lower_directory, has
 from tmem_host.api.types import VmChange
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
 MIB = 1 << 20
-SETTLE_S = 0.06
-"""After this, pages of a changed file may be cached."""
 
 StartMount = Callable[..., FileCache]
 
 
 @pytest.fixture(scope="module")
 def lower() -> Iterator[Path]:
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tmem-fs-")))
-        yield stack.enter_context(lower_directory("ext4", directory))
+    with fresh_lower_directory("ext4") as directory:
+        yield directory
 
 
 @pytest.fixture

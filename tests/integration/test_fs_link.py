@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from framework.daemon import Tmemd
-from integration.fs_mount import PAGE_BYTES, FileCache, lower_directory
+from integration.fs_mount import PAGE_BYTES, FileCache, fresh_lower_directory
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
@@ -25,8 +24,7 @@ _PAUSE_S = 0.8
 @pytest.fixture
 def cache(tmemd: Tmemd, tmp_path: Path) -> Iterator[FileCache]:
     with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tmem-fs-")))
-        lower = stack.enter_context(lower_directory("ext4", directory))
+        lower = stack.enter_context(fresh_lower_directory("ext4"))
         endpoint = f"unix:{tmemd.vm_socket('a')}"
         mounted = stack.enter_context(FileCache(tmp_path, lower, endpoint=endpoint))
         mounted.wait_for("connected", 1)

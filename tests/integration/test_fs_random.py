@@ -10,16 +10,15 @@ import errno
 import mmap
 import os
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from hashlib import blake2b
 from pathlib import Path
 
 import pytest
 from framework.daemon import Tmemd
-from integration.fs_mount import FileCache, forget, lower_directory
+from integration.fs_mount import FileCache, forget, fresh_lower_directory, open_at_random
 from tmem_host.api.types import VmChange
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
@@ -123,8 +122,7 @@ class Pair:
         places = [self.chance.randrange(LARGEST) & ~4095 for _ in range(20)]
 
         def action(root: Path) -> object:
-            fd = os.open(root / name, os.O_RDONLY)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+            fd = open_at_random(root / name)
             try:
                 return [blake2b(os.pread(fd, 4096, at)).digest() for at in places]
             finally:
@@ -291,9 +289,8 @@ OPERATIONS: list[tuple[Callable[[Pair], None], int]] = [
 
 @pytest.fixture(params=["ext4", "overlay"])
 def lower(request: pytest.FixtureRequest) -> Iterator[Path]:
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tmem-random-")))
-        yield stack.enter_context(lower_directory(request.param, directory))
+    with fresh_lower_directory(request.param) as directory:
+        yield directory
 
 
 def run(

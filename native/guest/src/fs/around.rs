@@ -29,14 +29,13 @@ use super::caller::Rights;
 use super::counters::count;
 use super::device::Device;
 use super::inode::Inode;
-use super::read::is_at;
 use super::tree::{Call, Tree};
 use super::version::Version;
 use super::worker::Server;
 use crate::memory;
 
 /// Pages read in the place of one, aligned to as many.
-pub(crate) const WINDOW: usize = 4;
+const WINDOW: usize = 4;
 const _: () = assert!(WINDOW * PAGE_BYTES <= SMALL, "a window is read into the buffer of its page");
 /// Of so many pages around a miss, aligned, ...
 const NEIGHBOURHOOD: u32 = 64;
@@ -114,23 +113,20 @@ impl Around {
 
     /// Keep pages from being stored into `inode`; `None` while some are.
     pub(crate) fn hold(&self, inode: &Arc<Inode>) -> Option<Hold> {
-        if !self.enabled || inode.kind != libc::S_IFREG {
-            return Some(Hold(None));
-        }
         self.hold_or_put_off(inode, None)
     }
 
     /// The same for a request; while pages are being stored it is put off, and served later by another thread.
     pub(crate) fn hold_for(&self, call: &mut Call, inode: &Arc<Inode>) -> Option<Hold> {
-        if !self.enabled || inode.kind != libc::S_IFREG {
-            return Some(Hold(None));
-        }
         let hold = self.hold_or_put_off(inode, Some(call));
         call.sent |= hold.is_none();
         hold
     }
 
     fn hold_or_put_off(&self, inode: &Arc<Inode>, call: Option<&Call>) -> Option<Hold> {
+        if !self.enabled || inode.kind != libc::S_IFREG {
+            return Some(Hold(None));
+        }
         let mut state = self.state.lock();
         if state.storing == inode.node {
             state.put_off.extend(call.map(|call| (call.device.clone(), call.request.to_vec())));
@@ -220,11 +216,11 @@ impl Tree {
     fn store(&self, window: &Window, device: &Device) -> Result<(), Errno> {
         let (inode, bytes) = (&window.inode, &window.put.buffer.bytes()[window.there.clone()]);
         let offset = u64::from(window.put.first) * PAGE_BYTES as u64 + window.there.start as u64;
-        if !is_at(inode, &window.version) {
+        if !inode.is_at(&window.version) {
             return Ok(());
         }
         let stored = device.store(inode.node, offset, bytes);
-        if !is_at(inode, &window.version) {
+        if !inode.is_at(&window.version) {
             // Also after a failure, which may have come after the first page.
             return device.invalidate_inode(inode.node, offset as i64);
         }

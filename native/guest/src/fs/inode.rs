@@ -16,6 +16,7 @@ use rustix::fs::{Mode, OFlags, Statx};
 use rustix::io::Errno;
 
 use super::abi::ROOT_ID;
+use super::tree::stat_fd;
 use super::version::{ObjectName, Version};
 
 /// What tells a lower file from all others that exist at the same time.
@@ -78,6 +79,11 @@ impl Inode {
     /// The path by which the kernel re-opens `fd`, whatever the file's name is by now.
     pub(crate) fn path(&self) -> FdPath {
         FdPath::new(&self.fd)
+    }
+
+    /// Whether this is still the file's version.
+    pub(crate) fn is_at(&self, version: &Version) -> bool {
+        stat_fd(&self.fd).is_ok_and(|stat| Version::of(&stat) == *version)
     }
 
     /// Open it anew. The flags are the caller's, less what is this program's business.
@@ -199,8 +205,7 @@ impl Inodes {
     /// [`Inodes::forget`]; `false` if the kernel has just forgotten it.
     pub(crate) fn keep(&self, inode: &Inode) -> bool {
         let slots = self.0.read();
-        let slot = slots.by_identity.get(&inode.name.identity);
-        let found = slot.and_then(|&slot| slots.inodes[slot as usize].as_deref());
+        let found = slots.inodes[inode.node as usize - 1].as_deref();
         let known = found.is_some_and(|found| std::ptr::eq(found, inode));
         if known {
             inode.references.fetch_add(1, Ordering::Relaxed);

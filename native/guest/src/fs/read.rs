@@ -19,7 +19,7 @@ use super::counters::count;
 use super::device::MAX_READ;
 use super::handle::Handle;
 use super::inode::Inode;
-use super::tree::{stat_fd, Call, Done, Tree, STAT};
+use super::tree::{Call, Done, Tree, STAT};
 use super::version::Version;
 
 /// With more separate gaps than this in one window, all of it from the first gap to the last is read in one go.
@@ -67,7 +67,7 @@ impl Tree {
         let bytes = &mut buffer.bytes_mut()[..pages * PAGE_BYTES];
         let got = fill_gaps(direct, bytes, asked.offset, had)?.min(length);
         let leave = self.leaves_to_evict(&handle.inode, &version);
-        if self.victims && (!leave || !is_at(&handle.inode, &version)) {
+        if self.victims && (!leave || !handle.inode.is_at(&version)) {
             // Before the answer: once the kernel has the page it may evict it.
             self.note_mixed(&handle.inode);
         }
@@ -98,16 +98,17 @@ impl Tree {
         let whole = span.pages * PAGE_BYTES;
         let bytes = usize::try_from(version.size - offset).map_or(whole, |left| left.min(whole));
         let asked = (key.index - span.first) as usize;
-        let mut had = PageSet::default();
+        let mut got = PageSet::default();
         if self.cache.presence.likely(&key) {
-            had = self.cache.get(&key.object, span.first, span.pages, &mut buffer.bytes_mut()[..whole]);
+            got = self.cache.get(&key.object, span.first, span.pages, &mut buffer.bytes_mut()[..whole]);
         }
-        let hit = had.contains(asked);
+        let hit = got.contains(asked);
+        // Of what came from the host nothing is put.
+        let had = span.pages_where(|index| hit || self.cache.presence.has(&Key { index, ..key }));
         let there = if hit {
-            let run = had.run(asked);
+            let run = got.run(asked);
             run.start * PAGE_BYTES..(run.end * PAGE_BYTES).min(bytes)
         } else {
-            had = span.pages_where(|index| self.cache.presence.has(&Key { index, ..key }));
             0..read_at(page.direct, &mut buffer.bytes_mut()[..whole], offset)?.min(bytes)
         };
         let answer = asked * PAGE_BYTES..(asked + 1) * PAGE_BYTES;
@@ -124,9 +125,6 @@ impl Tree {
             self.drop_references(inode.node, 1);
             return Ok(());
         }
-        if hit {
-            had = span.pages_where(|_| true);
-        }
         buffer.bytes_mut()[bytes..whole].fill(0);
         let put = Put { buffer, object: key.object, first: span.first, pages: span.pages, had };
         self.store_later(Window { inode: inode.clone(), version, there, put });
@@ -136,7 +134,7 @@ impl Tree {
     /// Whether pages that were read under `version` may be put as `object`: it is still the file's version. What was
     /// put before as another object is forgotten.
     fn may_put(&self, inode: &Inode, version: &Version, object: ObjectId) -> bool {
-        if !is_at(inode, version) {
+        if !inode.is_at(version) {
             return false;
         }
         let old = inode.content.lock().object.replace(object);
@@ -158,11 +156,6 @@ struct Page<'h> {
     direct: &'h OwnedFd,
     version: Version,
     key: Key,
-}
-
-/// Whether it is still the version of the file.
-pub(crate) fn is_at(inode: &Inode, version: &Version) -> bool {
-    stat_fd(&inode.fd).is_ok_and(|stat| Version::of(&stat) == *version)
 }
 
 /// Whether the caller reads past the page cache.
