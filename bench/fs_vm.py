@@ -8,10 +8,10 @@ their program and the sources for long; it swaps, and reads files again that it 
   needs, and over the sources' headers, which nobody changes behind the mounts;
 * `host_page_cache`: the first way with `cache=writeback`.
 
-Each once on the cloud disk of `disk_model` and once on the disk as it is. Guests, tmem and the host's page
-cache are cold at each start. In the first two ways the limit is libvirt's iotune; in the third the disk is
-slow below the page cache (see `fs_disk`), for iotune would throttle the cache's hits too. Sectors are those
-that QEMU read from the host's disk.
+Each once on the cloud disk of `disk_model`, made slower by the factor of `build_slowdown`, and once on the
+disk as it is. Guests, tmem and the host's page cache are cold at each start. In the first two ways the limit
+is libvirt's iotune; in the third the disk is slow below the page cache (see `fs_disk`), for iotune would
+throttle the cache's hits too. Sectors are those that QEMU read from the host's disk.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
-import disk_model
+import build_slowdown
 import fs_disk
 import vm_host
 from disk_model import DiskModel
@@ -154,6 +154,9 @@ def measure(
         if more or way not in ways:
             builds[way, on_model].append(Build(**fields))
     with vm_host.running() as tmemd:
+        if model is None:
+            model = build_slowdown.measure(tmemd, TARGET, cpus=CPUS)
+            print(model, flush=True)
         for way in [way for _ in range(rounds) for way in ways]:
             request = VmRequest(
                 name=_VM,
@@ -164,16 +167,12 @@ def measure(
                 wait="agent",
             )
             with machine.up(request, print) as up, up.ssh() as shell:
-                if model is None:
-                    model = disk_model.measure(up, shell)
-                    print(model)
                 guest = Guest(way, up, shell, tmemd)
                 for on_model in (disk == "cloud" for disk in on):
                     done = guest.build(model if on_model else None)
                     builds[way, on_model].append(done)
                     print(f"  {way}, {'cloud disk' if on_model else 'unthrottled'}: {done}", flush=True)
                     _keep(model, builds)
-    assert model is not None
     return model, builds
 
 
