@@ -179,4 +179,4 @@ def test_stress_ng_verifies(both: tuple[Path, FileCache], stressor: str) -> None
         options = ("2", "--timeout", "2", "--verify", "--temp-path", root)
         done = _run(_tool("stress-ng"), f"--{stressor}", *options)
         outcomes.append((done.returncode, done.stdout + done.stderr))
-    assert outcomes[1][0] == outcomes[0][0], outcomes[1][1]
+    assert outcomes[1][0] in (0, outcomes[0][0]), outcomes[1][1]
