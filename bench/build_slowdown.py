@@ -10,7 +10,6 @@ memory to spare and on the host, below a changed root. Processor time is compare
 from __future__ import annotations
 
 import shlex
-import statistics
 import subprocess
 import tempfile
 
@@ -62,22 +61,20 @@ def measure(tmemd: Tmemd, directory: str, *, cpus: int) -> DiskModel:
         cpus=cpus,
         memory_bytes=_MEMORY_BYTES,
         register=Registration(tmemd.admin_socket, quota_bytes=0),
-        wait="agent",
     )
     with machine.up(request, print) as guest, guest.ssh() as shell:
         if guest.state.virt == "kvm":
             return DiskModel(1.0, {"build": 1.0}, 0)
-        quotients = []
+        image, quotients = images.get(guest.state.image), []
         for _ in range(1 + _ROUNDS):
-            native, objects = _seconds_and_objects(_on_the_host(images.get(guest.state.image), build))
+            native, objects = _seconds_and_objects(_on_the_host(image, build))
             emulated, as_many = _seconds_and_objects(
                 shell.check(f"bash -c {shlex.quote(build)}", deadline_s=_RUN_S)
             )
             assert objects == as_many > 0, f"{objects} objects on the host, {as_many} in the guest"
             quotients.append(emulated / native)
     # The first in the guest also reads everything.
-    slowdown = statistics.median(quotients[1:])
-    return DiskModel(max(1.0, slowdown), {"build": slowdown}, _ROUNDS)
+    return DiskModel.of({"build": quotients[1:]})
 
 
 def _on_the_host(image: Image, command: str) -> str:

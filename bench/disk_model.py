@@ -4,7 +4,7 @@ An emulated guest's processor is several times slower than a real one, while the
 is not: beside such a guest any disk looks fast. So the disk is made slower by the same factor. `measure` runs
 one program (`guest/cpu.c`) on the host and in the guest by turns; the factor is the quotient of the times.
 The disk is a cloud disk's baseline, 3000 operations and 125 MB a second, divided by the factor. With KVM the
-factor is 1.
+factor is 1. A kernel build has a factor of its own, see `build_slowdown`.
 
     model = disk_model.measure(guest, shell)
     with model.on(guest):
@@ -22,7 +22,7 @@ import math
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +65,15 @@ class DiskModel:
     slowdown: float
     """Geometric mean of the medians of `parts`; 1 with KVM."""
     parts: dict[str, float]
-    """Of each program of `guest/cpu.c`."""
+    """Of each program that was measured."""
     samples: int
+
+    @classmethod
+    def of(cls, quotients: Mapping[str, Sequence[float]]) -> DiskModel:
+        """From each program's times in the guest, as multiples of its times on the host."""
+        parts = {name: statistics.median(values) for name, values in quotients.items()}
+        slowdown = math.prod(parts.values()) ** (1 / len(parts))
+        return cls(max(1.0, slowdown), parts, min(map(len, quotients.values())))
 
     @property
     def limits(self) -> DiskLimits:
@@ -114,6 +121,4 @@ def measure(guest: Machine, shell: GuestShell, rounds: int = ROUNDS) -> DiskMode
             emulated = json.loads(shell.check(there, deadline_s=_RUN_S))
             for name in _PROGRAMS:
                 quotients[name].append(emulated[name] / native[name])
-    parts = {name: statistics.median(values) for name, values in quotients.items()}
-    slowdown = math.prod(parts.values()) ** (1 / len(parts))
-    return DiskModel(max(1.0, slowdown), parts, rounds)
+    return DiskModel.of(quotients)
