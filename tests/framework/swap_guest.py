@@ -69,6 +69,7 @@ class SwapGuest:
                 return self._shell.check(line, deadline_s=COMMAND_S)
             except OperatorError as error:
                 if "ended with" in error.message or time.monotonic() > deadline:
+                    error.add_note("\n".join(self.up.console(40)))
                     raise
                 self.close()
                 time.sleep(_POLL_S)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 from framework.agent_guest import until
@@ -147,6 +147,29 @@ def test_a_guest_that_goes_down_ends_its_commands(vms: Vms) -> None:
     with pytest.raises(OperatorError, match="there is no such VM") as caught:
         machine.down(guest.name)
     assert caught.value.code is ExitCode.NOT_FOUND
+
+
+def test_memory_that_runs_out_does_not_lock_us_out(vms: Vms) -> None:
+    """The kernel ends the programs of those who came in, not who lets others in."""
+    up = vms.up()
+    for _ in range(4):
+        with up.ssh() as shell, suppress(OperatorError):
+            # A shell that the OOM killer has ended answers no more.
+            shell.run("echo f > /proc/sysrq-trigger; sleep 5", deadline_s=COMMAND_S)
+    with up.ssh() as shell:
+        assert "Out of memory" in shell.check("dmesg", deadline_s=COMMAND_S)
+        # Nor is it the end if it ends otherwise, and the connection with it.
+        with suppress(OperatorError):
+            shell.run("kill -9 $(pidof socat)", deadline_s=COMMAND_S)
+    until(lambda: _answers(up), "somebody listens again")
+
+
+def _answers(up: Machine) -> bool:
+    try:
+        with up.ssh() as shell:
+            return shell.run("true", deadline_s=COMMAND_S) == 0
+    except OperatorError:
+        return False
 
 
 def test_a_panic_is_told_with_the_console(vms: Vms) -> None:
