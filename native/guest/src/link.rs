@@ -319,6 +319,10 @@ impl LinkReader {
     }
 
     fn fill(&mut self, wanted: usize, awaited: &'static str) -> Result<(), LinkError> {
+        if self.start == self.end {
+            // So that of a buffer for large frames, small ones use the beginning only.
+            (self.start, self.end) = (0, 0);
+        }
         if self.start + wanted > self.buffer.len() {
             self.buffer.copy_within(self.start..self.end, 0);
             self.end -= self.start;

@@ -25,11 +25,17 @@ pub(crate) fn lock(which: Lock) -> io::Result<()> {
     Ok(())
 }
 
-/// One heap for all threads, before there are any: a heap each costs resident memory for nothing.
-pub(crate) fn one_heap() {
-    // SAFETY: only sets a number.
+/// Allocations of so many bytes are not made on the heap.
+const LARGE: libc::c_int = 128 << 10;
+
+/// Prepare the allocator, before there are other threads, to cost no resident memory for nothing: one heap for all of
+/// them, and large buffers outside of it, each resident as far as it is used. (By itself the allocator takes them from
+/// the heap once one of their size was freed, and writes zeros all over them.)
+pub(crate) fn lean_heap() {
+    // SAFETY: only sets numbers.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE);
     }
 }
 

@@ -206,8 +206,8 @@ pub(crate) struct Cache {
 }
 
 impl Cache {
-    /// A cache that is not connected yet.
-    pub(crate) fn new(host: Option<Host>, counters: Arc<Counters>) -> Cache {
+    /// A cache that is not connected yet, for a guest of so much memory.
+    pub(crate) fn new(host: Option<Host>, counters: Arc<Counters>, memory_kib: u64) -> Cache {
         let connections = host.as_ref().map_or(0, |host| host.connections);
         let slot = || Slot { getter: None, backoff: Backoff::default(), again: Instant::now() };
         Cache {
@@ -216,7 +216,7 @@ impl Cache {
             next: AtomicU32::new(0),
             queue: Mutex::default(),
             wake: Condvar::new(),
-            presence: Presence::new(),
+            presence: Presence::new(memory_kib),
             connected: AtomicBool::new(false),
             counters,
         }

@@ -17,7 +17,6 @@ use super::abi::{init, ROOT_ID};
 use super::around::{self, Around};
 use super::buffer::Buffers;
 use super::cache::{Cache, Host};
-use super::counters::Counters;
 use super::device::{self, Device};
 use super::handle::Handles;
 use super::inode::{Identity, Inodes};
@@ -97,7 +96,7 @@ pub fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
 
 fn serve(args: &Args) -> Result<(), FsError> {
     let signals = Signals::block()?;
-    memory::one_heap();
+    memory::lean_heap();
     raise_file_limit();
     let (lower_path, lower) = open_lower(args)?;
     let mount = check_mount(args, &lower_path)?;
@@ -138,7 +137,8 @@ fn serve(args: &Args) -> Result<(), FsError> {
     });
     // Elsewhere changes are promised to be seen at once, or nobody tells who may write, or what the page cache holds.
     let around = host.is_some() && changes == Changes::Watch && victims.is_none();
-    let cache = Arc::new(Cache::new(host, Arc::new(Counters::default())));
+    let memory_kib = memory::total_kib().unwrap_or_default();
+    let cache = Arc::new(Cache::new(host, Arc::default(), memory_kib));
     let tree = Arc::new(Tree {
         inodes,
         handles: Handles::default(),

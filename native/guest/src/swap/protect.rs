@@ -135,7 +135,7 @@ pub fn protect(required: bool) -> Result<Vec<Protection>, io::Error> {
 
 /// What other heaps take, and what was freed of this one, would be locked into memory for nothing.
 fn small_heap() {
-    memory::one_heap();
+    memory::lean_heap();
     // SAFETY: called before there are other threads; the setting is a plain number.
     unsafe {
         libc::mallopt(libc::M_TOP_PAD, 16 * 1024);
