@@ -4,17 +4,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
+use rustix::io::Errno;
+use rustix::mm::{madvise, mmap_anonymous, Advice, MapFlags, ProtFlags};
 use tmem_wire::PAGE_BYTES;
-use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::device::MAX_READ;
 
 /// Bytes of the smallest buffers, those for random reads.
 pub(crate) const SMALL: usize = 16 << 10;
 
-/// Sizes of buffers in bytes, and how many of each there may be: for random reads, and for the kernel's read-ahead. A
-/// few serve the readers, the rest wait to be put.
-const KINDS: [(usize, usize); 2] = [(SMALL, 48), (MAX_READ, 10)];
+/// Sizes of buffers in bytes, and how many of each there are: for random reads, and for the kernel's read-ahead. A few
+/// serve the readers, the rest wait to be put.
+const KINDS: [(usize, usize); 2] = [(SMALL, 48), (MAX_READ, 2 * HUGE_PAGE / MAX_READ)];
+
+/// Bytes of a huge page.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// How long to wait for a buffer before looking for one to steal again.
 const RETRY: Duration = Duration::from_millis(2);
@@ -23,43 +28,45 @@ const RETRY: Duration = Duration::from_millis(2);
 #[repr(C, align(4096))]
 struct Page([u8; PAGE_BYTES]);
 
-struct Kind {
-    pages: usize,
-    most: usize,
-    made: usize,
-    idle: Vec<Box<[Page]>>,
-}
+/// Buffers of one size that are not on loan. The last that came back goes first: memory becomes resident as it is used.
+type Idle = Vec<&'static mut [Page]>;
 
-impl Kind {
-    fn new(bytes: usize, most: usize) -> Kind {
-        Kind { pages: bytes / PAGE_BYTES, most, made: 0, idle: Vec::with_capacity(most) }
-    }
-
-    fn take(&mut self) -> Option<Box<[Page]>> {
-        if let Some(pages) = self.idle.pop() {
-            return Some(pages);
+/// Zeroed memory that stays for as long as the process.
+///
+/// With `huge` it is made of huge pages where the kernel has them. What a disk writes into is then one piece instead of
+/// one a page, which virtual disks are a good deal faster with; but all of it becomes resident at once.
+fn map(bytes: usize, huge: bool) -> Result<&'static mut [Page], Errno> {
+    let align = if huge { HUGE_PAGE } else { PAGE_BYTES };
+    let room = bytes + align - PAGE_BYTES;
+    // SAFETY: a mapping of its own, which is never unmapped; the part of it that begins at an aligned address is whole
+    // pages, readable, writable and zeroed, and referred to by what is returned alone.
+    unsafe {
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let base = mmap_anonymous(std::ptr::null_mut(), room, access, MapFlags::PRIVATE)?.cast::<u8>();
+        let start = base.add(base.align_offset(align));
+        if huge {
+            // Kernels without them get by with what there is.
+            let _ = madvise(start.cast(), bytes, Advice::LinuxHugepage);
         }
-        if self.made == self.most {
-            return None;
-        }
-        // Out of memory is like out of buffers: wait for one that exists. The first must come.
-        let pages = <[Page]>::new_box_zeroed_with_elems(self.pages).ok()?;
-        self.made += 1;
-        Some(pages)
+        Ok(std::slice::from_raw_parts_mut(start.cast(), bytes / PAGE_BYTES))
     }
 }
 
 /// All buffers.
 pub(crate) struct Buffers {
-    kinds: Mutex<[Kind; KINDS.len()]>,
+    kinds: Mutex<[Idle; KINDS.len()]>,
     returned: Condvar,
 }
 
 impl Buffers {
-    /// Nothing is allocated yet.
-    pub(crate) fn new() -> Arc<Buffers> {
-        let kinds = KINDS.map(|(bytes, most)| Kind::new(bytes, most));
-        Arc::new(Buffers { kinds: Mutex::new(kinds), returned: Condvar::new() })
+    /// All of them, none resident yet. With `huge`, the large ones are huge pages.
+    pub(crate) fn new(huge: bool) -> Result<Arc<Buffers>, Errno> {
+        let mut kinds = [const { Idle::new() }; KINDS.len()];
+        for (idle, (bytes, count)) in kinds.iter_mut().zip(KINDS) {
+            *idle =
+                map(bytes * count, huge && bytes == MAX_READ)?.chunks_exact_mut(bytes / PAGE_BYTES).collect();
+        }
+        Ok(Arc::new(Buffers { kinds: Mutex::new(kinds), returned: Condvar::new() }))
     }
 
     /// A buffer of at least `bytes`, at most [`MAX_READ`]. If there is none, `steal` may free one that only waits
@@ -67,14 +74,14 @@ impl Buffers {
     pub(crate) fn take(self: &Arc<Buffers>, bytes: usize, steal: impl Fn(usize) -> bool) -> Buffer {
         let kind = KINDS.iter().position(|(size, _)| bytes <= *size).unwrap_or(KINDS.len() - 1);
         loop {
-            if let Some(pages) = self.kinds.lock()[kind].take() {
+            if let Some(pages) = self.kinds.lock()[kind].pop() {
                 return Buffer { pages, kind, home: self.clone() };
             }
             if steal(kind) {
                 continue;
             }
             let mut kinds = self.kinds.lock();
-            if kinds[kind].idle.is_empty() {
+            if kinds[kind].is_empty() {
                 // Not for ever: a buffer that was handed on to be put does not come back but can be stolen.
                 self.returned.wait_for(&mut kinds, RETRY);
             }
@@ -84,7 +91,7 @@ impl Buffers {
 
 /// A buffer on loan.
 pub(crate) struct Buffer {
-    pages: Box<[Page]>,
+    pages: &'static mut [Page],
     kind: usize,
     home: Arc<Buffers>,
 }
@@ -108,8 +115,8 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let pages = std::mem::replace(&mut self.pages, Box::new([]));
-        self.home.kinds.lock()[self.kind].idle.push(pages);
+        let pages = std::mem::take(&mut self.pages);
+        self.home.kinds.lock()[self.kind].push(pages);
         self.home.returned.notify_all();
     }
 }
@@ -180,7 +187,7 @@ mod tests {
 
     #[test]
     fn a_buffer_comes_back_and_may_be_stolen() {
-        let buffers = Buffers::new();
+        let buffers = Buffers::new(true).unwrap();
         let (_, most) = KINDS[1];
         let mut held: Vec<_> = (0..most).map(|_| buffers.take(MAX_READ, |_| false)).collect();
         held[0].bytes_mut()[MAX_READ - 1] = 1;

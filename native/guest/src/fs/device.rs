@@ -11,7 +11,6 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::abi::{self, init, InHeader, InitIn, InitInExt, InitOut, OutHeader};
-use crate::memory::total_kib;
 
 /// Largest READ the kernel may send, in bytes. More read-ahead comes as several, which threads serve side by side: one
 /// waits for the disk while another one's answer is copied.
@@ -156,15 +155,15 @@ const FUSE_DEV_IOC_CLONE: libc::Ioctl = 0x8004_e500;
 /// eight READs go where there is memory. A fault in a memory-mapped file reads a whole window, most of which a small
 /// guest evicts, together with pages that it needs, before it is used; tmem brings a few pages at less than a disk's
 /// price. So the window is a four-thousandth of the memory, in a power of two.
-pub(crate) fn set_read_ahead(mount_point: &Path) -> std::io::Result<()> {
+pub(crate) fn set_read_ahead(mount_point: &Path, memory_kib: u64) -> std::io::Result<()> {
     let stat = rustix::fs::stat(mount_point)?;
     let (major, minor) = (rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));
-    let kib = read_ahead_kib(total_kib()?);
+    let kib = read_ahead_kib(memory_kib);
     std::fs::write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), format!("{kib}"))
 }
 
 /// The read-ahead in KiB for a guest of so much memory.
-fn read_ahead_kib(memory_kib: u64) -> u64 {
+pub(crate) fn read_ahead_kib(memory_kib: u64) -> u64 {
     let part = (memory_kib >> 12).max(1);
     (1 << part.ilog2()).clamp(SMALLEST_READ_AHEAD_KIB, MAX_READ_AHEAD as u64 >> 10)
 }

@@ -138,6 +138,9 @@ fn serve(args: &Args) -> Result<(), FsError> {
     // Elsewhere changes are promised to be seen at once, or nobody tells who may write, or what the page cache holds.
     let around = host.is_some() && changes == Changes::Watch && victims.is_none();
     let memory_kib = memory::total_kib().unwrap_or_default();
+    // Where the kernel reads ahead as far as a large buffer goes.
+    let large = device::read_ahead_kib(memory_kib) << 10 >= device::MAX_READ as u64;
+    let buffers = Buffers::new(large).map_err(system("allocating buffers"))?;
     let cache = Arc::new(Cache::new(host, Arc::default(), memory_kib));
     let tree = Arc::new(Tree {
         inodes,
@@ -154,7 +157,7 @@ fn serve(args: &Args) -> Result<(), FsError> {
         around: Around::new(around),
         victims: victims.is_some(),
         fine_clock,
-        buffers: Buffers::new(),
+        buffers,
     });
     if let Some(mut victims) = victims {
         let tree = tree.clone();
@@ -173,7 +176,7 @@ fn serve(args: &Args) -> Result<(), FsError> {
         })?;
     }
     let workers = Workers::start(args.threads.clamp(1, 64), &tree, device)?;
-    if let Err(error) = device::set_read_ahead(&mount) {
+    if let Err(error) = device::set_read_ahead(&mount, memory_kib) {
         log::warn!("{}: cannot set the read-ahead: {error}", mount.display());
     }
     let names = Names {
