@@ -5,7 +5,7 @@ their program and the sources for long; it swaps, and reads files again that it 
 
 * `no_tmem`: disks past the host's page cache (`cache=none`), a swap file on one of them;
 * `tmem`: the same disks, `tmem-agent swap on`, and `tmem-agent mount` over /usr, with the compiler and all it
-  needs, and over the sources' headers, which nobody changes behind the mounts;
+  needs, and over the sources, which nobody changes behind the mounts;
 * `host_page_cache`: the first way with `cache=writeback`.
 
 Each once on the cloud disk of `disk_model`, made slower by the factor of `build_slowdown`, and once on the
@@ -43,7 +43,7 @@ SWAP_MIB = 256
 QUOTA_MIB = 256
 CPUS = 2
 JOBS = 4
-MOUNTS = ("/usr --changes none", f"{DATA}/linux/include --changes none")
+MOUNTS = ("/usr --changes none", f"{DATA}/linux --changes none")
 TARGET = "kernel/time/"
 WAYS = ("no_tmem", "tmem", "host_page_cache")
 DISKS = ("cloud", "unthrottled")

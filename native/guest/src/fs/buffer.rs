@@ -16,10 +16,18 @@ pub(crate) const SMALL: usize = 16 << 10;
 
 /// Sizes of buffers in bytes, and how many of each there are: for random reads, and for the kernel's read-ahead. A few
 /// serve the readers, the rest wait to be put.
-const KINDS: [(usize, usize); 2] = [(SMALL, 48), (MAX_READ, 2 * HUGE_PAGE / MAX_READ)];
+const KINDS: [(usize, usize); 2] = [(SMALL, 48), (MAX_READ, 13)];
 
 /// Bytes of a huge page.
 const HUGE_PAGE: usize = 2 << 20;
+
+/// Pages of all buffers.
+const PAGES: usize = 2 * HUGE_PAGE / PAGE_BYTES;
+
+const _: () = assert!(
+    KINDS[0].0 * KINDS[0].1 + KINDS[1].0 * KINDS[1].1 == PAGES * PAGE_BYTES,
+    "nothing is resident for nothing"
+);
 
 /// How long to wait for a buffer before looking for one to steal again.
 const RETRY: Duration = Duration::from_millis(2);
@@ -31,12 +39,13 @@ struct Page([u8; PAGE_BYTES]);
 /// Buffers of one size that are not on loan. The last that came back goes first: memory becomes resident as it is used.
 type Idle = Vec<&'static mut [Page]>;
 
-/// Zeroed memory that stays for as long as the process.
+/// The memory of all buffers, zeroed. It stays for as long as the process.
 ///
 /// With `huge` it is made of huge pages where the kernel has them. What a disk writes into is then one piece instead of
 /// one a page, which virtual disks are a good deal faster with; but all of it becomes resident at once.
-fn map(bytes: usize, huge: bool) -> Result<&'static mut [Page], Errno> {
+fn map(huge: bool) -> Result<&'static mut [Page], Errno> {
     let align = if huge { HUGE_PAGE } else { PAGE_BYTES };
+    let bytes = PAGES * PAGE_BYTES;
     let room = bytes + align - PAGE_BYTES;
     // SAFETY: a mapping of its own, which is never unmapped; the part of it that begins at an aligned address is whole
     // pages, readable, writable and zeroed, and referred to by what is returned alone.
@@ -48,7 +57,7 @@ fn map(bytes: usize, huge: bool) -> Result<&'static mut [Page], Errno> {
             // Kernels without them get by with what there is.
             let _ = madvise(start.cast(), bytes, Advice::LinuxHugepage);
         }
-        Ok(std::slice::from_raw_parts_mut(start.cast(), bytes / PAGE_BYTES))
+        Ok(std::slice::from_raw_parts_mut(start.cast(), PAGES))
     }
 }
 
@@ -59,13 +68,15 @@ pub(crate) struct Buffers {
 }
 
 impl Buffers {
-    /// All of them, none resident yet. With `huge`, the large ones are huge pages.
+    /// All of them, none resident yet. With `huge`, they are made of huge pages.
     pub(crate) fn new(huge: bool) -> Result<Arc<Buffers>, Errno> {
-        let mut kinds = [const { Idle::new() }; KINDS.len()];
-        for (idle, (bytes, count)) in kinds.iter_mut().zip(KINDS) {
-            *idle =
-                map(bytes * count, huge && bytes == MAX_READ)?.chunks_exact_mut(bytes / PAGE_BYTES).collect();
-        }
+        let mut rest = map(huge)?;
+        let kinds = KINDS.map(|(bytes, count)| {
+            let pages = bytes / PAGE_BYTES;
+            let (own, others) = std::mem::take(&mut rest).split_at_mut(pages * count);
+            rest = others;
+            own.chunks_exact_mut(pages).collect()
+        });
         Ok(Arc::new(Buffers { kinds: Mutex::new(kinds), returned: Condvar::new() }))
     }
 
