@@ -43,7 +43,8 @@ impl Presence {
         half.copy_from_slice(&key.object[..8]);
         let mixed = (u64::from_le_bytes(half) ^ u64::from(key.index).wrapping_mul(0x9e37_79b9_7f4a_7c15))
             .wrapping_mul(0xd6e8_feb8_6659_fd93);
-        let bit = (mixed >> (58 - self.words.len().trailing_zeros())) as usize;
+        let bits = self.words.len() * 64;
+        let bit = (mixed >> (64 - bits.trailing_zeros())) as usize;
         (&self.words[bit / 64], 1 << (bit % 64))
     }
 
