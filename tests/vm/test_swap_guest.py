@@ -82,7 +82,9 @@ class Trouble:
         options = f"-t tmpfs -o size={NEWCOMER_MIB}M"
         self.guest.run(f"mkdir -p {place}; mountpoint -q {place} || mount {options} none {place}")
         enter = self.guest.limited("newcomer", may_have_mib)
-        fill = f"echo -900 > /proc/self/oom_score_adj; {enter}exec head -c {NEWCOMER_MIB * MIB} /dev/zero > {place}/file"
+        fill = f"{enter}exec head -c {NEWCOMER_MIB * MIB} /dev/zero > {place}/file"
+        # Should memory run out, it is not for him to end.
+        fill = f"echo -900 > /proc/self/oom_score_adj; {fill}"
         self.guest.run(f"setsid sh -c '{fill}' > /run/newcomer.log 2>&1 < /dev/null &")
 
         def filled() -> int:
