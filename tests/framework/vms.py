@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from tmem_host.api.client import Client
+from tmem_host.errors import OperatorError
 from tmem_host.vm import disks, images, libvirtd, machine
 from tmem_host.vm.machine import Machine
 from tmem_host.vm.request import Registration, VmRequest
@@ -66,6 +67,15 @@ class Vms:
 def say(line: str) -> None:
     """Progress, into pytest's captured output."""
     print(line, file=sys.stderr)
+
+
+def answers(up: Machine) -> bool:
+    """Whether somebody can come in and run something."""
+    try:
+        with up.ssh() as shell:
+            return shell.run("true", deadline_s=COMMAND_S) == 0
+    except OperatorError:
+        return False
 
 
 def leftovers(directory: Path) -> list[str]:

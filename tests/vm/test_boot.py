@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 import pytest
 from framework.agent_guest import until
 from framework.daemon import AS_NOBODY, NOBODY, Unprivileged
-from framework.vms import BOOT_S, COMMAND_S, MIB, Vms
+from framework.vms import BOOT_S, COMMAND_S, MIB, Vms, answers
 from tmem_host.errors import ExitCode, OperatorError
 from tmem_host.service import keeper
 from tmem_host.vm import console, disks, machine, state
@@ -161,15 +161,7 @@ def test_memory_that_runs_out_does_not_lock_us_out(vms: Vms) -> None:
         # Nor is it the end if it ends otherwise, and the connection with it.
         with suppress(OperatorError):
             shell.run("kill -9 $(pidof socat)", deadline_s=COMMAND_S)
-    until(lambda: _answers(up), "somebody listens again")
-
-
-def _answers(up: Machine) -> bool:
-    try:
-        with up.ssh() as shell:
-            return shell.run("true", deadline_s=COMMAND_S) == 0
-    except OperatorError:
-        return False
+    until(lambda: answers(up), "somebody listens again")
 
 
 def test_a_panic_is_told_with_the_console(vms: Vms) -> None:

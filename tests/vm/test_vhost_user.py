@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from framework.vms import BOOT_S, COMMAND_S, Vms
+from framework.vms import BOOT_S, COMMAND_S, Vms, answers
 from tmem_host.errors import OperatorError
 from tmem_host.vm.machine import Machine
 
@@ -35,18 +35,10 @@ def _connections(vms: Vms, name: str) -> int:
         return admin.vm(name).connections
 
 
-def _answers(guest: Machine) -> bool:
-    try:
-        with guest.ssh() as shell:
-            return shell.run("true", deadline_s=COMMAND_S) == 0
-    except OperatorError:
-        return False
-
-
 @pytest.fixture(scope="module")
 def guest(module_vms: Vms) -> Machine:
     machine = module_vms.up(registered=True, transport="vhost-user")
-    _until("SSH answers", lambda: _answers(machine))
+    _until("SSH answers", lambda: answers(machine))
     return machine
 
 
@@ -138,12 +130,12 @@ def test_the_driver_may_be_loaded_again(guest: Machine) -> None:
     with guest.ssh() as shell:
         shell.check(f"(sleep 0.3; {reload}) > /dev/null 2>&1 &", deadline_s=COMMAND_S)
     time.sleep(1.0)
-    _until("SSH answers again", lambda: _answers(guest), 60.0)
+    _until("SSH answers again", lambda: answers(guest), 60.0)
 
 
 def test_a_guest_that_reboots_has_fresh_streams(vms: Vms) -> None:
     guest = vms.up(registered=True, transport="vhost-user", name="reboots")
-    _until("SSH answers", lambda: _answers(guest))
+    _until("SSH answers", lambda: answers(guest))
     with guest.ssh() as shell:
         shell.check(_MOUNT, deadline_s=COMMAND_S)
         _until("the file cache is connected", lambda: _connections(vms, guest.name) > 0)

@@ -137,10 +137,10 @@ fn serve(args: &Args) -> Result<(), FsError> {
     });
     // Elsewhere changes are promised to be seen at once, or nobody tells who may write, or what the page cache holds.
     let around = host.is_some() && changes == Changes::Watch && victims.is_none();
-    let memory_kib = memory::total_kib().unwrap_or_default();
+    let memory_kib = memory::total_kib();
     // Where the kernel reads ahead as far as a large buffer goes.
-    let large = device::read_ahead_kib(memory_kib) << 10 >= device::MAX_READ as u64;
-    let buffers = Buffers::new(large).map_err(system("allocating buffers"))?;
+    let huge = device::read_ahead_kib(memory_kib) << 10 >= device::MAX_READ as u64;
+    let buffers = Buffers::new(huge).map_err(system("allocating buffers"))?;
     let cache = Arc::new(Cache::new(host, Arc::default(), memory_kib));
     let tree = Arc::new(Tree {
         inodes,

@@ -73,7 +73,7 @@ impl Protection {
 /// Have the kernel keep back a thirty-second of memory, 4 to 32 MiB, and begin to free memory as much earlier. Never
 /// less than it does already.
 fn keep_reserve() -> io::Result<()> {
-    let wanted_kib = (memory::total_kib()? / 32).clamp(4 << 10, 32 << 10);
+    let wanted_kib = (memory::total_kib() / 32).clamp(4 << 10, 32 << 10);
     raise("min_free_kbytes", wanted_kib)?;
     // In ten-thousandths of memory.
     raise("watermark_scale_factor", 200)?;
