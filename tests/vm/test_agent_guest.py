@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable
 
 import pytest
 from framework.agent_guest import AgentGuest, until
-from framework.vms import MIB, Vms
+from framework.vms import COMMAND_S, MIB, Vms
 from tmem_host.errors import OperatorError
 
 MEMORY_BYTES = 256 * MIB
@@ -97,6 +98,24 @@ def test_the_file_cache_is_not_swapped_out_to_tmem(guest: AgentGuest) -> None:
     assert guest.counters("host", "stats")["gets_hit"] > 8192, "pages came over vsock"
     until(lambda: guest.status()["host"]["reports"] not in range(before, before + 6), "the agent reports")
     guest.run("tmem-agent swap off; rm /data/files/large")
+
+
+def test_a_swapped_out_sshd_does_not_hold_up_vsock(guest: AgentGuest) -> None:
+    """It did, as soon as it received into a page that had to come over vsock: the guest hung for good."""
+    guest.run("tmem-agent swap on --size 128M --file /data/swap.tmem")
+    before = int(guest.run("grep -w pswpin /proc/vmstat").split()[1])
+    groups = "/sys/fs/cgroup/system.slice"
+    reclaim = f"for g in {groups}/system-sshd.slice {groups}/sshd-vsock.service; do "
+    reclaim += 'echo "64M swappiness=200" > $$g/memory.reclaim; done'
+    guest.run(f"systemd-run --quiet --unit=squeeze sh -c 'while true; do {reclaim}; sleep 0.5; done'")
+    data = bytes(range(256)) * 4096
+    with guest.up.ssh() as shell:
+        for _ in range(16):
+            told = shell.check("sha1sum", deadline_s=COMMAND_S, stdin=data)
+            assert told.split()[0] == hashlib.sha1(data).hexdigest()  # noqa: S324  # no secret
+    guest.run("systemctl stop squeeze")
+    assert int(guest.run("grep -w pswpin /proc/vmstat").split()[1]) > before + 1000
+    guest.run("tmem-agent swap off")
 
 
 def test_the_agents_death_takes_nothing_with_it(guest: AgentGuest) -> None:
