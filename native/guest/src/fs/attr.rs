@@ -6,7 +6,8 @@ use rustix::io::Errno;
 use super::abi::{fattr, Attr, AttrOut, GetattrIn, SetattrIn, StatfsOut, StatxIn, StatxOut, SxTime};
 use super::content::note_told;
 use super::inode::Inode;
-use super::tree::{encode_device, stat_fd, Call, Done, Tree};
+use super::stat::stat_fd;
+use super::tree::{encode_device, Call, Done, Tree};
 
 /// A `statx` in the kernel's FUSE form.
 pub(crate) fn attr(stat: &Statx) -> Attr {

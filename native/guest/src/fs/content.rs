@@ -6,7 +6,8 @@ use rustix::fs::Statx;
 use rustix::io::Errno;
 
 use super::inode::Inode;
-use super::tree::{stat_fd, Tree};
+use super::stat::stat_fd;
+use super::tree::Tree;
 use super::version::Version;
 
 impl Tree {

@@ -10,8 +10,8 @@ use super::abi::{self, Dirent, EntryOut, FsyncIn, OpenIn, OpenOut, ReadIn, Relea
 use super::content::note_dropped;
 use super::device::last_error;
 use super::handle::Handle;
-use super::inode::Identity;
-use super::tree::{stat_fd, Call, Done, Tree};
+use super::stat::{stat_fd, Identity};
+use super::tree::{Call, Done, Tree};
 use super::version::Version;
 
 /// Bytes asked of the lower file system at a time.

@@ -13,7 +13,8 @@ use super::abi::{
 use super::device::last_error;
 use super::handle::Handle;
 use super::inode::FdPath;
-use super::tree::{stat_fd, Call, Done, Tree};
+use super::stat::stat_fd;
+use super::tree::{Call, Done, Tree};
 use super::version::Version;
 
 /// Flags of the caller's open that the lower open has too. `O_APPEND` is applied to each write, because it may be

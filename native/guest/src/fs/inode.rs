@@ -16,27 +16,8 @@ use rustix::fs::{Mode, OFlags, Statx};
 use rustix::io::Errno;
 
 use super::abi::ROOT_ID;
-use super::tree::stat_fd;
+use super::stat::{stat_fd, Identity};
 use super::version::{ObjectName, Version};
-
-/// What tells a lower file from all others that exist at the same time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct Identity {
-    /// Device number.
-    pub(crate) device: u64,
-    /// Inode number.
-    pub(crate) inode: u64,
-}
-
-impl Identity {
-    /// The identity a `statx` tells.
-    pub(crate) fn of(stat: &Statx) -> Identity {
-        Identity {
-            device: (u64::from(stat.stx_dev_major) << 32) | u64::from(stat.stx_dev_minor),
-            inode: stat.stx_ino,
-        }
-    }
-}
 
 /// What is known about a regular file's content, or about a directory's listing.
 #[derive(Debug, Default)]

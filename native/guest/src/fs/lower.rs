@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, OpenTreeFlags, UnmountFlags};
 
 use super::inode::FdPath;
-use super::tree::stat_fd;
+use super::stat::stat_fd;
 use super::version::Version;
 
 /// What `statfs` tells of file systems.

@@ -12,6 +12,7 @@
 //! | [`worker`] | the threads that serve requests |
 //! | [`tree`], [`attr`], [`dir`], [`file`], [`xattr`], [`ioctl`] | the operations, by what they are about |
 //! | [`inode`], [`handle`], [`caller`] | files the kernel knows, open files, acting as the caller |
+//! | [`stat`] | what the lower file system says about a file, and what tells it from all others |
 //! | [`read`], [`buffer`] | a page cache miss, from request to background put |
 //! | [`around`] | pages read beside the one that was asked for, stored into the page cache |
 //! | [`content`], [`version`] | which version of a file is cached where, and when to believe it |
@@ -46,6 +47,7 @@ mod presence;
 mod put;
 mod read;
 mod serve;
+mod stat;
 mod status;
 mod tree;
 mod version;

@@ -19,7 +19,8 @@ use super::counters::count;
 use super::device::MAX_READ;
 use super::handle::Handle;
 use super::inode::Inode;
-use super::tree::{Call, Done, Tree, STAT};
+use super::stat::STAT;
+use super::tree::{Call, Done, Tree};
 use super::version::Version;
 
 /// With more separate gaps than this in one window, all of it from the first gap to the last is read in one go.

@@ -1,11 +1,10 @@
 //! The file system: what is mounted, and the operations on names.
 
 use std::ffi::CStr;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, Statx, StatxFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, Statx};
 use rustix::io::Errno;
 use zerocopy::IntoBytes;
 
@@ -21,7 +20,8 @@ use super::caller::{Caller, Rights};
 use super::content::note_told;
 use super::device::Device;
 use super::handle::{Handle, Handles};
-use super::inode::{Identity, Inode, Inodes};
+use super::inode::{Inode, Inodes};
+use super::stat::{stat_fd, Identity, STAT};
 
 /// How changes made behind the mount, in the lower directory itself, are met.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,14 +97,6 @@ impl Call<'_> {
     pub(crate) fn reply<T: IntoBytes + zerocopy::Immutable>(&mut self, body: &T) {
         self.out.extend_from_slice(body.as_bytes());
     }
-}
-
-/// What is asked of the lower file system about a file.
-pub(crate) const STAT: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME);
-
-/// `statx` of an open descriptor.
-pub(crate) fn stat_fd(fd: impl AsFd) -> Result<Statx, Errno> {
-    rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, STAT)
 }
 
 /// Outcome of an operation: the answer's body is in [`Call::out`].

@@ -12,7 +12,7 @@ use rustix::time::{clock_gettime, ClockId};
 use tmem_wire::ObjectId;
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::inode::Identity;
+use super::stat::Identity;
 
 /// How old a change time must be before pages are cached under it. Change times advance with the timer tick, 10 ms
 /// at most (HZ=100); twice that leaves room for the tick's own delay.

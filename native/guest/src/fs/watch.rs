@@ -16,8 +16,9 @@ use rustix::io::Errno;
 use super::abi::ROOT_ID;
 use super::counters::count;
 use super::device::{last_error, Device};
-use super::inode::{Identity, Inode};
-use super::tree::{stat_fd, Tree};
+use super::inode::Inode;
+use super::stat::{stat_fd, Identity};
+use super::tree::Tree;
 
 /// Events that move names or attributes or content. Changes through memory maps are not reported by any kernel.
 const EVENTS: u64 = libc::FAN_MODIFY

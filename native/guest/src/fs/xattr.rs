@@ -4,7 +4,8 @@ use rustix::fs::{AtFlags, Mode, XattrFlags};
 use rustix::io::Errno;
 
 use super::abi::{self, GetxattrIn, GetxattrOut, SetxattrIn};
-use super::tree::{stat_fd, Call, Done, Tree};
+use super::stat::stat_fd;
+use super::tree::{Call, Done, Tree};
 
 impl Tree {
     pub(crate) fn setxattr(&self, call: &mut Call) -> Done {

@@ -27,8 +27,9 @@ use super::buffer::{Buffer, PageSet};
 use super::cache::Put;
 use super::content::version_of_evicted;
 use super::counters::count;
-use super::inode::{Identity, Inode};
-use super::tree::{stat_fd, Tree};
+use super::inode::Inode;
+use super::stat::{stat_fd, Identity};
+use super::tree::Tree;
 use super::version::Version;
 use ring::{Evicted, Ring};
 
