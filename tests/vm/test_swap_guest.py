@@ -178,6 +178,9 @@ def trouble(request: pytest.FixtureRequest, module_vms: Vms, mini: SwapGuest) ->
     mini.stop_verifying()
     status = mini.status()
     assert (status["lost"], status["io_errors"], status["lost_pages"]) == (0, 0, 0), status
+    # What receives from vsock has to stay in memory, whatever else of the guest is swapped out.
+    receivers = "$(pidof socat | sed 's,[0-9][0-9]*,/proc/&/status,g')"
+    assert set(mini.run(f"grep -h VmSwap {receivers}").split()) == {"VmSwap:", "0", "kB"}
     mini.swap_off()
     assert mini.run("ls /dev/ublkb* 2>/dev/null || true") == ""
 
