@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from framework.agent_guest import AgentGuest, until
 from framework.daemon import ROOT
-from framework.vms import MIB, Vms
+from framework.vms import COMMAND_S, MIB, Vms
 from tmem_host.vm.machine import Machine
 
 PLAYBOOK_S = 1200.0
@@ -119,6 +119,11 @@ def test_the_guest_role(wheel: Path, vms: Vms, built: Callable[[str], None], tmp
     assert guest.run("sha256sum < /data/files/file") == expected
     assert guest.counters("host", "stats")["puts_accepted"] > 0
     assert "% hits" in guest.run("tmem-agent status")
+
+    # sshd is not handed vsock's connections any more, and the one that the role came by has not ended early.
+    with guest.up.ssh() as shell:
+        accepting = "systemctl show -P Accept sshd-vsock.socket; systemctl is-active sshd-vsock.service"
+        assert shell.check(accepting, deadline_s=COMMAND_S) == "no\nactive\n"
 
     # A second run finds nothing to change.
     second = controller.play()

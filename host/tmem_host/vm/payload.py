@@ -20,7 +20,7 @@ from tmem_host.vm.initramfs import Archive
 
 _BINARY = "tmem-guest"
 _BINARY_VARIABLE = "TMEM_GUEST_BINARY"
-_UNIT = "tmem-agent.service"
+_UNITS = ("sshd-vsock.service", "sshd-vsock.socket", "tmem-agent.service")
 _PACKAGE = "tmem_guest"
 _PYTHON = "/usr/lib/python3/dist-packages"
 _WANTED = (".py", ".toml", ".service")
@@ -47,8 +47,8 @@ def digest(kind: Payload) -> str:
     if kind == "agent":
         for name, path in _package_files():
             hasher.update(name.encode() + b"\0" + path.read_bytes())
-        if unit := _unit():
-            hasher.update(unit.read_bytes())
+        for unit in _units():
+            hasher.update(unit.name.encode() + b"\0" + unit.read_bytes())
     return hasher.hexdigest()[:16]
 
 
@@ -88,10 +88,10 @@ def _add_agent(archive: Archive, layer: str, python: Path) -> None:
         _compiled(Path(scratch), python)
         archive.tree(Path(scratch), f"{layer}{_PYTHON}")
     archive.file(f"{layer}/usr/bin/tmem-agent", _agent_script(), 0o755)
-    if unit := _unit():
-        archive.file(f"{layer}/etc/systemd/system/{_UNIT}", unit.read_bytes())
+    for unit in _units():
+        archive.file(f"{layer}/etc/systemd/system/{unit.name}", unit.read_bytes())
         for target in re.findall(r"^WantedBy=(\S+)$", unit.read_text(), re.MULTILINE):
-            archive.symlink(f"{layer}/etc/systemd/system/{target}.wants/{_UNIT}", f"../{_UNIT}")
+            archive.symlink(f"{layer}/etc/systemd/system/{target}.wants/{unit.name}", f"../{unit.name}")
 
 
 def _agent_script() -> bytes:
@@ -107,13 +107,17 @@ def _agent_script() -> bytes:
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def _package_files() -> Iterator[tuple[str, Path]]:
+def _package() -> Path:
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise OperatorError(
             f"the package {_PACKAGE} is not installed", hint="make setup", code=ExitCode.UNAVAILABLE
         )
-    base = Path(next(iter(spec.submodule_search_locations)))
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _package_files() -> Iterator[tuple[str, Path]]:
+    base = _package()
     for path in sorted(base.rglob("*")):
         if path.suffix in _WANTED and path.is_file():
             yield f"{_PACKAGE}/{path.relative_to(base).as_posix()}", path
@@ -135,10 +139,8 @@ def _compiled(tree: Path, python: Path) -> None:
         raise OperatorError(f"the guest's Python does not compile {_PACKAGE}: {made.stdout}{made.stderr}")
 
 
-def _unit() -> Path | None:
-    spec = importlib.util.find_spec("tmem_guest")
-    if spec is None or spec.origin is None:
-        return None
-    package = Path(spec.origin).parent
-    places = (package.parent / "systemd" / _UNIT, Path(sys.prefix) / "share/tmem/systemd" / _UNIT)
-    return next((path for path in places if path.is_file()), None)
+def _units() -> list[Path]:
+    """systemd's units for a guest: those of the checkout, or of the installation."""
+    places = (_package().parent / "systemd", Path(sys.prefix) / "share/tmem/systemd")
+    found = [next((path for place in places if (path := place / unit).is_file()), None) for unit in _UNITS]
+    return [path for path in found if path is not None]
